@@ -1,0 +1,157 @@
+"""Train a small unconditional DDPM in diffusers format, for the demo, the benchmarks or your own images.
+
+The demo's base model (MNIST at 28x28, 1.8 M parameters):
+
+    python examples/train_ddpm.py --train_data mnist.npz --image_column train_images \
+        --resolution 28 --channels 1 --output_dir mnist-ddpm
+
+Interrupted runs go on with ``--resume_from_checkpoint latest``.
+"""
+
+import argparse
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from diffusers.training_utils import EMAModel
+from diffusers.utils import make_image_grid
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from vdu_peft.data import ImageDataset, ImageSource
+
+logger = logging.getLogger(__name__)
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train_data", required=True, help="folder of images, .npz file, or hub dataset id")
+    parser.add_argument("--image_column", help="array name in an .npz, or image column of a hub dataset")
+    parser.add_argument("--label_column", help="array name or column of the labels, for --labels")
+    parser.add_argument("--labels", nargs="*", default=(), help="train on these classes only")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--resolution", type=int, default=32)
+    parser.add_argument("--channels", type=int, default=3, choices=(1, 3))
+    parser.add_argument("--block_out_channels", type=int, nargs="+", default=(32, 64, 96))
+    parser.add_argument("--layers_per_block", type=int, default=1)
+    parser.add_argument("--train_batch_size", type=int, default=64)
+    parser.add_argument("--max_train_steps", type=int, default=8000)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--lr_warmup_steps", type=int, default=200)
+    parser.add_argument("--ema_decay", type=float, default=0.999)
+    parser.add_argument("--random_flip", action="store_true")
+    parser.add_argument("--mixed_precision", choices=("no", "bf16", "fp16"), default="no")
+    parser.add_argument("--checkpointing_steps", type=int, default=1000, help="also writes a sample grid")
+    parser.add_argument("--resume_from_checkpoint", choices=("latest",))
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def build_unet(resolution: int, channels: int, block_out_channels, layers_per_block: int) -> UNet2DModel:
+    """A UNet2DModel with self-attention at its lowest resolution only."""
+    depth = len(block_out_channels) - 1
+    return UNet2DModel(
+        sample_size=resolution,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=tuple(block_out_channels),
+        layers_per_block=layers_per_block,
+        down_block_types=("DownBlock2D",) * depth + ("AttnDownBlock2D",),
+        up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * depth,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+
+
+@torch.no_grad()
+def sample_grid(unet: UNet2DModel, scheduler: DDPMScheduler, seed: int, rows: int = 8):
+    """rows x rows samples, DDIM 25 steps."""
+    pipeline = DDPMPipeline(unet, DDIMScheduler.from_config(scheduler.config))
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(seed)
+    images = pipeline(batch_size=rows * rows, generator=generator, num_inference_steps=25).images
+    return make_image_grid(images, rows, rows)
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    set_seed(args.seed)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        project_config=ProjectConfiguration(args.output_dir, automatic_checkpoint_naming=True, total_limit=2),
+    )
+    source = ImageSource(args.train_data, image_column=args.image_column, label_column=args.label_column, labels=tuple(args.labels))
+    images = source.load((args.resolution, args.resolution), args.channels)
+    loader = DataLoader(
+        ImageDataset(images, args.random_flip), batch_size=args.train_batch_size, shuffle=True, drop_last=True
+    )
+    unet = build_unet(args.resolution, args.channels, args.block_out_channels, args.layers_per_block)
+    scheduler = DDPMScheduler(num_train_timesteps=1000, prediction_type="epsilon", clip_sample=True)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=args.learning_rate, weight_decay=0.0)
+    lr_scheduler = get_cosine_schedule_with_warmup(optimizer, args.lr_warmup_steps, args.max_train_steps)
+    unet, optimizer, loader, lr_scheduler = accelerator.prepare(unet, optimizer, loader, lr_scheduler)
+    ema = EMAModel(accelerator.unwrap_model(unet).parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
+    ema.to(accelerator.device)
+    accelerator.register_for_checkpointing(ema)
+
+    step = 0
+    if args.resume_from_checkpoint:
+        accelerator.load_state()
+        step = accelerator.step
+        accelerator.project_configuration.iteration = step // args.checkpointing_steps
+    logger.info("%d images, %d parameters", len(images), sum(p.numel() for p in unet.parameters()))
+    log = (args.output_dir / "train_log.jsonl").open("a") if accelerator.is_main_process else None
+    progress = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_main_process, mininterval=5)
+    while step < args.max_train_steps:
+        for clean in loader:
+            noise = torch.randn_like(clean)
+            timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (len(clean),), device=clean.device)
+            noise_pred = unet(scheduler.add_noise(clean, noise, timesteps), timesteps).sample
+            loss = F.mse_loss(noise_pred.float(), noise)
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(unet.parameters(), 1.0)
+            optimizer.step()
+            lr_scheduler.step()
+            optimizer.zero_grad()
+            ema.step(accelerator.unwrap_model(unet).parameters())
+            step += 1
+            progress.update()
+            if step % 50 == 0 and log is not None:
+                progress.set_postfix(loss=f"{loss.item():.4f}")
+                log.write(json.dumps({"step": step, "loss": loss.item(), "lr": lr_scheduler.get_last_lr()[0]}) + "\n")
+                log.flush()
+            if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
+                accelerator.step = step
+                accelerator.save_state()
+                if accelerator.is_main_process:
+                    write_pipeline(accelerator.unwrap_model(unet), ema, scheduler, args)
+            if step == args.max_train_steps:
+                break
+
+
+def write_pipeline(unet: UNet2DModel, ema: EMAModel, scheduler: DDPMScheduler, args: argparse.Namespace) -> None:
+    """Write the EMA weights as a fp16 diffusers pipeline, with the command's options and a sample grid beside it."""
+    ema.store(unet.parameters())
+    ema.copy_to(unet.parameters())
+    sample_grid(unet, scheduler, args.seed).save(args.output_dir / "samples.png")
+    folder, fresh = args.output_dir / "pipeline", args.output_dir / "pipeline.tmp"
+    half = build_unet(args.resolution, args.channels, args.block_out_channels, args.layers_per_block)
+    half.load_state_dict(unet.state_dict())
+    DDPMPipeline(half.half(), scheduler).save_pretrained(fresh, safe_serialization=True)
+    (fresh / "train_config.json").write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
+    ema.restore(unet.parameters())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""The adapter as a whole: attach it to a model, sum over its layers, switch its noise, save and load it."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from vdu_peft import posterior
+from vdu_peft.config import ConfigError, VDUConfig
+from vdu_peft.layer import VariationalLayer
+
+
+class AdapterError(ValueError):
+    """An adapter that does not fit or cannot be read; the message names the file and the mend."""
+
+
+def attach(model: nn.Module, config: VDUConfig, adapter_name: str = "default") -> PeftModel:
+    """Wrap a model by ``peft.get_peft_model`` and check that every target got a variational layer.
+
+    Raises:
+        ConfigError: ``target_modules`` matches nothing, or matches layers that can only become plain LoRA.
+    """
+    try:
+        peft_model = get_peft_model(model, config, adapter_name=adapter_name)
+    except ValueError as error:
+        raise ConfigError(f"target_modules: {error}") from error
+    # PEFT gives quantised layers, embeddings and the like a plain LoRA without a word.
+    plain = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and adapter_name in module.r and not isinstance(module, VariationalLayer)
+    ]
+    if plain:
+        raise ConfigError(
+            f"target_modules: {plain[0]} and {len(plain) - 1} more are neither nn.Linear nor nn.Conv2d and cannot "
+            "carry a posterior; leave them out"
+        )
+    return peft_model
+
+
+def variational_layers(model: nn.Module, adapter_name: str = "default") -> Iterator[tuple[str, VariationalLayer]]:
+    """(name, layer) of every layer that carries this adapter."""
+    for name, module in model.named_modules():
+        if isinstance(module, VariationalLayer) and adapter_name in module.r:
+            yield name, module
+
+
+def total_kl(model: nn.Module, adapter_name: str = "default") -> torch.Tensor:
+    """KL(q ‖ prior) of the whole adapter in nats, a float32 scalar with gradient."""
+    kls = [layer.kl(adapter_name) for _, layer in variational_layers(model, adapter_name)]
+    if not kls:
+        raise AdapterError(f"the model has no variational adapter named {adapter_name!r}")
+    return torch.stack(kls).sum()
+
+
+@contextmanager
+def local_reparameterization(model: nn.Module) -> Iterator[None]:
+    """Inside, every forward draws fresh output noise from the posterior: for training."""
+    layers = [module for module in model.modules() if isinstance(module, VariationalLayer)]
+    for layer in layers:
+        layer.local_reparameterization = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.local_reparameterization = False
+
+
+@contextmanager
+def posterior_sample(
+    model: nn.Module, adapter_name: str = "default", generator: torch.Generator | None = None
+) -> Iterator[None]:
+    """Inside, the adapter is one draw of the posterior, held for all forwards; outside, its mean again."""
+    means = []
+    for _, layer in variational_layers(model, adapter_name):
+        if adapter_name in layer.lora_log_std:
+            weight = layer.lora_B[adapter_name].weight
+            means.append((weight, weight.data))
+            weight.data = posterior.sample_weight(weight.data, layer.lora_log_std[adapter_name].data, generator)
+    try:
+        yield
+    finally:
+        for weight, mean in means:
+            weight.data = mean
+
+
+@contextmanager
+def adapter_scale(model: nn.Module, scale: float) -> Iterator[None]:
+    """Inside, every active adapter's delta is multiplied by ``scale``; 0 is the base model, bit for bit."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    disabled = [layer.disable_adapters for layer in layers]
+    for layer in layers:
+        if scale == 0:
+            layer.enable_adapters(False)
+        else:
+            layer.scale_layer(scale)
+    try:
+        yield
+    finally:
+        for layer, was_disabled in zip(layers, disabled, strict=True):
+            if scale == 0:
+                layer.enable_adapters(not was_disabled)
+            else:
+                layer.unscale_layer(scale)
+
+
+def save_adapter(peft_model: PeftModel, folder: str | Path) -> None:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors``, all or nothing.
+
+    The folder appears, or is replaced, by a rename, so that an interrupted save leaves the earlier one whole.
+    """
+    with atomic_folder(Path(folder)) as fresh:
+        peft_model.save_pretrained(fresh)
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A fresh folder beside ``folder`` that takes its place when the block ends without an error."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    fresh.chmod(0o755)
+    try:
+        yield fresh
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+            folder.rename(old / folder.name)
+            fresh.rename(folder)
+            shutil.rmtree(old)
+        else:
+            fresh.rename(folder)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+
+
+def load_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "default") -> PeftModel:
+    """Attach a saved adapter with its full posterior, for inference; call ``train()`` contexts to go on.
+
+    Raises:
+        ConfigError: no VDU adapter in the folder.
+        AdapterError: the weights are missing, unreadable, not finite, or of another model.
+    """
+    config = VDUConfig.from_pretrained(folder)
+    tensors = read_adapter_weights(folder)
+    peft_model = attach(model, config, adapter_name)
+    expected = get_peft_model_state_dict(peft_model, adapter_name=adapter_name)
+    for name in sorted(expected.keys() | tensors.keys()):
+        there, wanted = tensors.get(name), expected.get(name)
+        if there is None or wanted is None or there.shape != wanted.shape:
+            found = "is missing" if there is None else f"has shape {list(there.shape)}"
+            need = "does not exist" if wanted is None else f"needs {list(wanted.shape)}"
+            raise AdapterError(f"{folder}: made for another model: {name} {found}, the model's {need}")
+    set_peft_model_state_dict(peft_model, tensors, adapter_name=adapter_name)
+    return peft_model
+
+
+def read_adapter_weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a saved adapter, checked to be finite."""
+    file = Path(folder) / SAFETENSORS_WEIGHTS_NAME
+    if not file.is_file():
+        raise AdapterError(f"{file}: no such file; only safetensors are read, never pickle")
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{file}: not a readable safetensors file ({error})") from error
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise AdapterError(f"{file}: {name} holds NaN or infinite values")
+    return tensors
+
+
+def describe(peft_model: PeftModel, adapter_name: str = "default") -> list[dict]:
+    """One record per layer: name, rank, parameters, relative delta norm, signal-to-noise, KL in nats."""
+    return [
+        {
+            "layer": name,
+            "rank": layer.r[adapter_name],
+            "parameters": sum(
+                p.numel()
+                for n, p in layer.named_parameters()
+                if n.startswith("lora_") and n.split(".")[1] == adapter_name
+            ),
+            "delta_norm": layer.delta_norm(adapter_name),
+            "signal_to_noise": layer.signal_to_noise(adapter_name),
+            "kl": layer.kl(adapter_name).item(),
+        }
+        for name, layer in variational_layers(peft_model.get_base_model(), adapter_name)
+    ]
+
+
+def config_json(config: LoraConfig) -> str:
+    """The adapter's config as JSON, for reports."""
+    return json.dumps(config.to_dict(), default=lambda x: sorted(x) if isinstance(x, set) else str(x))

@@ -1,0 +1,175 @@
+"""Options of the adapter (VDUConfig) and of a run (UnlearnConfig); every check of an option is here."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from peft import LoraConfig
+from peft.utils import CONFIG_NAME
+from torch import nn
+
+from vdu_peft.layer import VariationalConv2d, VariationalLinear
+
+# What stock LoRA training of conditional UNets and diffusion transformers adapts.
+ATTENTION_PROJECTIONS = ["to_k", "to_out.0", "to_q", "to_v"]
+
+# LoRA features that put something else where the posterior sits.
+_INCOMPATIBLE = ("use_dora", "use_bdlora", "use_qalora", "lora_bias", "target_parameters", "trainable_token_indices")
+
+
+class ConfigError(ValueError):
+    """An option that cannot be used; the message names it and the mend."""
+
+
+@dataclass
+class VDUConfig(LoraConfig):
+    """A LoRA whose ``lora_B`` has a Gaussian posterior, regularized toward the zero delta.
+
+    For ``peft.get_peft_model``, ``peft.inject_adapter_in_model`` and diffusers' ``add_adapter``. On disk
+    it is a plain LoRA at the posterior mean, which stock PEFT loads without this package.
+
+    Args:
+        r: rank.
+        lora_alpha: s = lora_alpha / r scales the delta.
+        target_modules: as in LoraConfig; :meth:`for_model` fills in a default.
+        prior_scale: prior standard deviation of a delta element, relative to the layer's RMS weight.
+        init_scale: initial posterior standard deviation, in the same unit.
+        variational: False gives the deterministic twin, for ablation.
+
+    Raises:
+        ConfigError: an option out of range, or a LoRA feature that cannot carry a posterior.
+    """
+
+    r: int = field(default=4, metadata={"help": "Rank of the adapter."})
+    lora_alpha: float = field(default=4, metadata={"help": "s = lora_alpha / r scales the delta."})
+    prior_scale: float = field(default=1.0, metadata={"help": "Prior std of the delta, relative to RMS(W)."})
+    init_scale: float = field(default=0.3, metadata={"help": "Initial posterior std, relative to RMS(W)."})
+    variational: bool = field(default=True, metadata={"help": "False gives the deterministic twin."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.r < 1:
+            raise ConfigError(f"rank must be at least 1, not {self.r}")
+        for name in ("prior_scale", "init_scale", "lora_alpha"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be greater than 0, not {getattr(self, name)}")
+        for name in _INCOMPATIBLE:
+            if getattr(self, name, None):
+                raise ConfigError(f"{name} cannot be combined with a variational adapter")
+        self._register_custom_module({nn.Linear: VariationalLinear, nn.Conv2d: VariationalConv2d})
+
+    @classmethod
+    def for_model(cls, model: nn.Module, **options) -> "VDUConfig":
+        """A config whose ``target_modules`` default to what suits the model.
+
+        Models with cross attention or transformer blocks: attention projections. Others (UNet2DModel, a
+        user's own network): every Linear and Conv2d that LoRA can adapt.
+        """
+        if options.get("target_modules") is None:
+            rank = options.get("r", cls.r)
+            names = [name for name, module in model.named_modules() if _adaptable(module, rank)]
+            attention = any("transformer_blocks" in name for name in names)
+            options["target_modules"] = ATTENTION_PROJECTIONS if attention else names
+        return cls(**options)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **options) -> "VDUConfig":
+        """Read ``adapter_config.json`` with our fields, which PEFT would drop: it takes peft_type LORA for LoraConfig.
+
+        Raises:
+            ConfigError: the folder holds no adapter config, or one of a plain LoRA.
+        """
+        file = Path(folder) / CONFIG_NAME
+        if not file.is_file():
+            raise ConfigError(f"{folder}: no {CONFIG_NAME} there; give the folder of a saved adapter")
+        try:
+            stored = json.loads(file.read_text())
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{file}: not valid JSON ({error})") from error
+        if "prior_scale" not in stored:
+            raise ConfigError(f"{file}: not a VDU adapter (no prior_scale); load it with peft as a plain LoRA")
+        names = {f.name for f in dataclasses.fields(cls) if f.init}
+        return cls(**{k: v for k, v in {**stored, **options}.items() if k in names})
+
+
+def _adaptable(module: nn.Module, rank: int) -> bool:
+    if isinstance(module, nn.Conv2d):
+        return tuple(module.dilation) == (1, 1) and module.padding_mode == "zeros" and rank % module.groups == 0
+    return isinstance(module, nn.Linear)
+
+
+@dataclass(frozen=True)
+class UnlearnConfig:
+    """One unlearning run. Names follow diffusers' training scripts where those have one.
+
+    loss = plasticity + stability_weight · stability + kl_weight · KL / (N_forget · D)
+
+    Args:
+        plasticity: ``hinge`` (bounded, default) or ``elbo`` (the paper's, unbounded).
+        forget_target: c of the hinge: raise the forget images' denoising loss to c times the original.
+        stability_weight: weight of the function-space stability on self-generated replay.
+        kl_weight: weight of the KL (nats) per forget-image element.
+        train_batch_size: forget images, and as many replay images, per process and step.
+        max_train_steps: optimizer steps at most.
+        learning_rate: of Adam, constant.
+        gradient_accumulation_steps: batches per optimizer step.
+        max_grad_norm: gradient clipping.
+        gradient_checkpointing: recompute activations in the backward pass.
+        mixed_precision: ``no``, ``bf16`` or ``fp16``.
+        random_flip: mirror forget images at random.
+        replay_size: how many images the pre-trained model draws of itself.
+        replay_inference_steps: sampler steps for them.
+        replay_keep_quantile: replay images whose forget-likeness exceeds this quantile of the forget
+            images' own are dropped.
+        early_stopping: stop once the forget target holds.
+        checkpointing_steps: save every so many steps; 0 never.
+        report_to: tracker of accelerate, such as ``tensorboard``; None for none.
+        seed: of everything random.
+    """
+
+    plasticity: Literal["hinge", "elbo"] = "hinge"
+    forget_target: float = 3.0
+    stability_weight: float = 3.0
+    kl_weight: float = 0.05
+    train_batch_size: int = 32
+    max_train_steps: int = 120
+    learning_rate: float = 1e-3
+    gradient_accumulation_steps: int = 1
+    max_grad_norm: float = 1.0
+    gradient_checkpointing: bool = False
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    random_flip: bool = False
+    replay_size: int = 256
+    replay_inference_steps: int = 25
+    replay_keep_quantile: float = 0.05
+    early_stopping: bool = True
+    checkpointing_steps: int = 0
+    report_to: str | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("plasticity", "mixed_precision"):
+            known = self.__dataclass_fields__[name].type.__args__
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        if not self.forget_target > 1:
+            raise ConfigError(f"forget_target must be greater than 1 (1 is the original loss), not {self.forget_target}")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be greater than 0, not {getattr(self, name)}")
+        for name in ("stability_weight", "kl_weight", "checkpointing_steps"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
+        for name in (
+            "train_batch_size",
+            "max_train_steps",
+            "gradient_accumulation_steps",
+            "replay_size",
+            "replay_inference_steps",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.replay_keep_quantile <= 1:
+            raise ConfigError(f"replay_keep_quantile must lie in [0, 1], not {self.replay_keep_quantile}")

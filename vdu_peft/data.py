@@ -1,0 +1,217 @@
+"""Image sources: a folder, an ``.npz`` or a hub dataset, as one float tensor in [-1, 1]."""
+
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch.utils.data import Dataset
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+class DataError(ValueError):
+    """An image source that cannot be used; the message names the file or option and the mend."""
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Where images come from and which of them are meant.
+
+    Args:
+        path: folder of images (nested, png/jpg/webp), an ``.npz`` file, or a hub dataset id.
+        split: split of a hub dataset.
+        image_column: image column of a hub dataset, or array name in an ``.npz``.
+        label_column: label column of a hub dataset, or array name in an ``.npz``.
+        labels: keep only images with one of these labels (a class name or number); all when empty.
+        max_images: keep at most this many, evenly spread over the source; all when None.
+    """
+
+    path: str
+    split: str = "train"
+    image_column: str | None = None
+    label_column: str | None = None
+    labels: tuple[str, ...] = ()
+    max_images: int | None = None
+
+    def load(self, image_size: tuple[int, int], channels: int) -> torch.Tensor:
+        """Read, resize and scale the images.
+
+        Args:
+            image_size: (height, width) that the model expects.
+            channels: 1 (grayscale) or 3 (RGB).
+
+        Returns:
+            float32 tensor (N, channels, height, width) in [-1, 1].
+
+        Raises:
+            DataError: the source is missing, empty, unreadable, or holds non-finite values.
+        """
+        path = Path(self.path)
+        if path.is_dir():
+            images = self._from_folder(path)
+        elif path.suffix == ".npz":
+            images = self._from_npz(path)
+        elif path.exists():
+            raise DataError(f"{path}: not a folder of images or an .npz file; put the images in a folder")
+        elif path.is_absolute() or self.path.startswith((".", "~")) or self.path.count("/") > 1:
+            raise DataError(f"{path}: no such folder or .npz file")
+        else:
+            images = self._from_hub()
+        if not len(images):
+            chosen = f" with label {', '.join(self.labels)}" if self.labels else ""
+            raise DataError(f"{self.path}: no images{chosen} found")
+        if self.max_images is not None and len(images) > self.max_images:
+            keep = np.linspace(0, len(images) - 1, self.max_images).round().astype(int)
+            images = [images[i] for i in keep]
+        return torch.stack([to_tensor(image, image_size, channels, name=self.path) for image in images])
+
+    def _from_folder(self, folder: Path) -> Sequence[Image.Image]:
+        if self.labels:
+            raise DataError(f"{folder}: a folder has no labels to choose from; give the folder of one class")
+        files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
+        return [_open(file) for file in files]
+
+    def _from_npz(self, file: Path) -> np.ndarray:
+        if not file.is_file():
+            raise DataError(f"{file}: no such file")
+        try:
+            arrays = np.load(file, allow_pickle=False)
+            images = arrays[self._npz_key(arrays, self.image_column, "image_column", file)]
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise error if isinstance(error, DataError) else DataError(f"{file}: not a readable .npz ({error})") from error
+        if images.ndim not in (3, 4):
+            raise DataError(f"{file}: expected images [N, H, W] or [N, H, W, C], found shape {list(images.shape)}")
+        if not self.labels:
+            return images
+        if self.label_column is None:
+            raise DataError(f"{file}: labels asked for but no label_column; the file holds {', '.join(arrays.files)}")
+        labels = arrays[self._npz_key(arrays, self.label_column, "label_column", file)]
+        names = arrays["class_names"].tolist() if "class_names" in arrays.files else []
+        return images[np.isin(labels, _label_numbers(self.labels, names, file))]
+
+    def _npz_key(self, arrays, key: str | None, option: str, file: Path) -> str:
+        if key is None and len(arrays.files) == 1:
+            return arrays.files[0]
+        if key is None and "images" in arrays.files:
+            return "images"
+        if key not in arrays.files:
+            raise DataError(f"{file}: {option} {key!r} not found; the file holds {', '.join(arrays.files)}")
+        return key
+
+    def _from_hub(self) -> Sequence[Image.Image]:
+        from datasets import Image as ImageFeature
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetNotFoundError
+
+        try:
+            dataset = load_dataset(self.path, split=self.split)
+        except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
+            raise DataError(
+                f"{self.path}: neither a local folder or .npz nor a hub dataset that can be reached"
+            ) from error
+        except ValueError as error:  # unknown split, ambiguous config: datasets' own words say which
+            raise DataError(f"{self.path}: {error}") from error
+        column = self.image_column or next((n for n, f in dataset.features.items() if isinstance(f, ImageFeature)), None)
+        if column not in dataset.column_names:
+            raise DataError(f"{self.path}: no image column {column!r}; columns are {', '.join(dataset.column_names)}")
+        if self.labels:
+            if self.label_column not in dataset.column_names:
+                raise DataError(
+                    f"{self.path}: no label_column {self.label_column!r}; columns are {', '.join(dataset.column_names)}"
+                )
+            names = getattr(dataset.features[self.label_column], "names", None) or []
+            wanted = _label_numbers(self.labels, names, self.path)
+            keep = np.flatnonzero(np.isin(np.asarray(dataset[self.label_column]), wanted))
+            dataset = dataset.select(keep)
+        return dataset[column]
+
+
+class ImageDataset(Dataset):
+    """A tensor of images as a map-style dataset, with an optional random horizontal flip.
+
+    The flip draws from torch's global generator, which accelerate saves and restores, so that a
+    resumed run sees the same batches.
+    """
+
+    def __init__(self, images: torch.Tensor, random_flip: bool = False):
+        self.images = images
+        self.random_flip = random_flip
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        image = self.images[index]
+        if self.random_flip and torch.rand(()) < 0.5:
+            image = image.flip(-1)
+        return image
+
+
+def to_tensor(
+    image: Image.Image | np.ndarray | torch.Tensor, image_size: tuple[int, int], channels: int, name: str = "image"
+) -> torch.Tensor:
+    """One image as float32 (channels, height, width) in [-1, 1], center-cropped to the aspect ratio.
+
+    Arrays are [H, W] or [H, W, C]: uint8 in 0..255, or floats that already lie in [-1, 1].
+    """
+    if isinstance(image, np.ndarray) and image.dtype != np.uint8:
+        image = torch.from_numpy(np.asarray(image, dtype=np.float32))
+        image = image[None] if image.ndim == 2 else image.movedim(-1, 0)
+        return check_images(image[None], image_size, channels, name)[0]
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image.squeeze(-1) if image.shape[-1:] == (1,) else image)
+    image = ImageOps.exif_transpose(image)
+    if min(image.size) < 2:
+        raise DataError(f"{getattr(image, 'filename', name)}: a {image.width}x{image.height} image is too small to use")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        # Transparent pixels carry arbitrary colours; put them on white, as image viewers do.
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    image = image.convert("L" if channels == 1 else "RGB")
+    if image.size != image_size[::-1]:
+        image = ImageOps.fit(image, image_size[::-1], method=Image.Resampling.BICUBIC)
+    array = np.asarray(image, dtype=np.float32).reshape(*image_size, channels)
+    return torch.from_numpy(array).movedim(-1, 0).div(127.5).sub(1.0).contiguous()
+
+
+def check_images(images: torch.Tensor, image_size: tuple[int, int], channels: int, name: str) -> torch.Tensor:
+    """Check that a tensor is finite, (N, channels, height, width) and in [-1, 1]; returns it as float32."""
+    if images.ndim != 4 or not len(images):
+        raise DataError(f"{name}: expected a non-empty (N, C, H, W) tensor, found shape {list(images.shape)}")
+    if tuple(images.shape[1:]) != (channels, *image_size):
+        raise DataError(
+            f"{name}: the model expects {channels} x {image_size[0]} x {image_size[1]} images, "
+            f"found {' x '.join(map(str, images.shape[1:]))}"
+        )
+    images = images.float()
+    if not images.isfinite().all():
+        raise DataError(f"{name}: holds NaN or infinite values")
+    if images.abs().max() > 1.0 + 1e-4:
+        raise DataError(f"{name}: float images must lie in [-1, 1], found up to {images.abs().max():.3g}")
+    return images
+
+
+def _open(file: Path) -> Image.Image:
+    try:
+        with Image.open(file) as image:
+            image.load()
+            image.filename = str(file)
+            return image
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise DataError(f"{file}: not a readable image ({error}); mend or remove it") from error
+
+
+def _label_numbers(labels: Sequence[str], names: Sequence[str], source) -> list[int]:
+    numbers = []
+    for label in labels:
+        if label in names:
+            numbers.append(names.index(label))
+        elif str(label).isdigit():
+            numbers.append(int(label))
+        else:
+            known = f"; classes are {', '.join(names)}" if names else "; give the label's number"
+            raise DataError(f"{source}: unknown label {label!r}{known}")
+    return numbers

@@ -1,0 +1,135 @@
+"""Variational LoRA layers: the only file that subclasses PEFT's layers.
+
+A VDU adapter *is* a LoRA: ``lora_B`` holds the posterior mean, so merging, disabling, mixed batches,
+deletion, devices and saving stay PEFT's own. What is added is one parameter, ``lora_log_std``, and a
+noisy forward that :func:`vdu_peft.adapter.local_reparameterization` switches on.
+"""
+
+import math
+
+import torch
+from peft.tuners.lora import layer as lora
+from peft.tuners.lora.layer import LoraVariant
+from torch import nn
+
+from vdu_peft import posterior
+
+
+class GaussianVariant(LoraVariant):
+    """PEFT's hook for what a LoRA layer does with its factors, with a Gaussian in place of ``lora_B``."""
+
+    @staticmethod
+    def init(module: "VariationalLayer", adapter_name: str, config, **kwargs) -> None:
+        mean = module.lora_B[adapter_name].weight
+        # S starts where every rank component alone spreads each row of the delta by init_scale x RMS(W):
+        # dividing by its length in G makes the start independent of how A is scaled.
+        lengths = module.gram(adapter_name).diagonal(dim1=-2, dim2=-1).sqrt()  # (groups, r / groups)
+        unit = module.prior_std[adapter_name] / config.prior_scale
+        log_std = torch.log(config.init_scale * unit / lengths)
+        rows = torch.repeat_interleave(log_std, module.out_features // log_std.shape[0], dim=0)
+        module.lora_log_std[adapter_name] = nn.Parameter(rows.reshape(mean.shape).to(mean).detach().clone())
+
+    @staticmethod
+    def merge_safe(module: "VariationalLayer", active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+        return orig_weight + module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+    @staticmethod
+    def merge_unsafe(module: "VariationalLayer", active_adapter: str, orig_weight: torch.Tensor) -> None:
+        orig_weight.data += module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+    @staticmethod
+    def unmerge(module: "VariationalLayer", active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+        return orig_weight - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+    @staticmethod
+    def forward(module: "VariationalLayer", active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs):
+        hidden = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
+        delta = module.lora_B[active_adapter](hidden)
+        if module.local_reparameterization:
+            groups = getattr(module.get_base_layer(), "groups", 1)
+            variance = posterior.output_variance(hidden, module.lora_log_std[active_adapter], groups)
+            delta = posterior.local_reparameterization(delta, variance)
+        return result + delta * module.scaling[active_adapter]
+
+
+class VariationalLayer:
+    """What Linear and Conv2d share: the posterior's parameters and their closed forms."""
+
+    # PEFT moves, freezes, deletes and saves by these names.
+    adapter_layer_names = lora.LoraLayer.adapter_layer_names + ("lora_log_std",)
+    other_param_names = lora.LoraLayer.other_param_names + ("prior_std",)
+
+    # Off: the forward uses the posterior mean, exactly PEFT's LoRA.
+    local_reparameterization = False
+
+    def update_layer(self, adapter_name: str, *args, config, **kwargs) -> None:
+        if not hasattr(self, "lora_log_std"):
+            self.lora_log_std = nn.ParameterDict()
+            self.prior_std: dict[str, float] = {}
+        weight = self.get_base_layer().weight
+        rms = weight.detach().float().square().mean().sqrt().item() if not weight.is_meta else 1.0
+        if not math.isfinite(rms):
+            raise ValueError("the base weights of a target layer hold NaN or infinite values")
+        # A layer of zeros (diffusers initialises some output layers so) has no scale of its own.
+        self.prior_std[adapter_name] = config.prior_scale * (rms or 1.0 / math.sqrt(weight[0].numel()))
+        super().update_layer(adapter_name, *args, config=config, **kwargs)
+
+    def resolve_lora_variant(self, *, config, **kwargs) -> LoraVariant | None:
+        return GaussianVariant() if config.variational else None
+
+    def _factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """(mean, log_std or None, lora_A), in float32, as (groups, rows, columns)."""
+        groups = getattr(self.get_base_layer(), "groups", 1)
+        mean = self.lora_B[adapter_name].weight.float().flatten(1).unflatten(0, (groups, -1))
+        lora_A = self.lora_A[adapter_name].weight.float().flatten(1).unflatten(0, (groups, -1))
+        log_std = None
+        if adapter_name in self.lora_log_std:
+            log_std = self.lora_log_std[adapter_name].float().flatten(1).unflatten(0, (groups, -1))
+        return mean, log_std, lora_A
+
+    def gram(self, adapter_name: str) -> torch.Tensor:
+        """G = s² A Aᵀ, float32 (groups, r / groups, r / groups)."""
+        return posterior.gram_matrix(self._factors(adapter_name)[2], self.scaling[adapter_name])
+
+    def kl(self, adapter_name: str) -> torch.Tensor:
+        """KL(q ‖ prior) of this layer's delta, a float32 scalar in nats.
+
+        For a deterministic adapter the quadratic ‖ΔW‖²/(2σ²) alone.
+        """
+        mean, log_std, lora_A = self._factors(adapter_name)
+        gram = posterior.gram_matrix(lora_A, self.scaling[adapter_name])
+        if log_std is None:
+            return posterior.delta_quadratic(mean, gram, self.prior_std[adapter_name])
+        return posterior.delta_kl(mean, log_std, gram, self.prior_std[adapter_name])
+
+    def delta_norm(self, adapter_name: str) -> float:
+        """Frobenius norm of the mean delta relative to the base weight's."""
+        mean, _, lora_A = self._factors(adapter_name)
+        gram = posterior.gram_matrix(lora_A, self.scaling[adapter_name])
+        norm = (2 * posterior.delta_quadratic(mean, gram, 1.0)).clamp_min(0).sqrt()
+        return (norm / self.get_base_layer().weight.float().norm()).item()
+
+    def signal_to_noise(self, adapter_name: str) -> float | None:
+        """Signal-to-noise power ratio of the delta; None for a deterministic adapter."""
+        mean, log_std, lora_A = self._factors(adapter_name)
+        if log_std is None:
+            return None
+        return posterior.signal_to_noise(mean, log_std, posterior.gram_matrix(lora_A, self.scaling[adapter_name])).item()
+
+
+class VariationalLinear(VariationalLayer, lora.Linear):
+    """``peft.tuners.lora.Linear`` with a Gaussian ``lora_B``."""
+
+
+class VariationalConv2d(VariationalLayer, lora.Conv2d):
+    """``peft.tuners.lora.Conv2d`` with a Gaussian ``lora_B``."""
+
+    def update_layer(self, adapter_name: str, *args, **kwargs) -> None:
+        base = self.get_base_layer()
+        # PEFT's LoRA convolution copies kernel, stride and padding only; with others it would be wrong or crash.
+        if tuple(base.dilation) != (1, 1) or base.padding_mode != "zeros":
+            raise ValueError(
+                f"LoRA on a Conv2d with dilation {tuple(base.dilation)} and padding mode {base.padding_mode!r} "
+                "is not supported by PEFT; leave the layer out of target_modules"
+            )
+        super().update_layer(adapter_name, *args, **kwargs)

@@ -1,0 +1,96 @@
+r"""The Gaussian posterior over the low-rank factor B, and its prior on the weight delta.
+
+An adapted layer adds :math:`\Delta W = s\,B A` with a deterministic ``lora_A`` (r x in) and
+:math:`q(B) = \prod_{ij} N(M_{ij}, S_{ij}^2)` (out x r). Given A, the delta is Gaussian, so every
+quantity here is a closed form. Tensors in, tensors out: no module is seen.
+
+Shapes: ``mean`` and ``log_std`` are (..., out, r), ``gram`` is (..., r, r), where the leading
+dimensions are the groups of a grouped convolution. KLs are in nats, summed over the layer.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def gram_matrix(lora_A: torch.Tensor, scaling: float) -> torch.Tensor:
+    """G = s² A Aᵀ.
+
+    Args:
+        lora_A: (..., r, in), in = in_channels x kernel elements for a convolution.
+        scaling: s = lora_alpha / r.
+
+    Returns:
+        (..., r, r), symmetric positive definite when A has full row rank.
+    """
+    return scaling**2 * lora_A @ lora_A.mT
+
+
+def delta_quadratic(mean: torch.Tensor, gram: torch.Tensor, prior_std: float) -> torch.Tensor:
+    """‖s M A‖² / (2σ²): minus the log prior density of the mean delta up to a constant, in nats.
+
+    It is all that is left of the KL for a deterministic adapter.
+    """
+    return torch.einsum("...ij,...jk,...ik->", mean, gram, mean) / (2 * prior_std**2)
+
+
+def delta_kl(mean: torch.Tensor, log_std: torch.Tensor, gram: torch.Tensor, prior_std: float) -> torch.Tensor:
+    r"""KL(q(ΔW) ‖ N(0, σ² I) on the row space of A), in nats, summed over the layer.
+
+    The prior sits on the delta, so in terms of B it is p(B_i) = N(0, σ² G⁻¹) for every output row i:
+    rescaling A → cA, B → B/c moves no weight out of its sight. With the row's covariance diag(S_i²):
+
+        KL = ½ Σ_i [ (tr(G diag(S_i²)) + M_iᵀ G M_i)/σ² − r + r ln σ² − ln det G − Σ_j ln S_ij² ]
+
+    Args:
+        mean: M, (..., out, r).
+        log_std: ln S, (..., out, r).
+        gram: G, (..., r, r).
+        prior_std: σ, the prior standard deviation of one element of the delta.
+    """
+    rank, rows = mean.shape[-1], mean.shape[-2]
+    trace = (torch.exp(2 * log_std) * gram.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)).sum() / (2 * prior_std**2)
+    # The Cholesky factor refuses a singular G: with A short of full row rank the prior on B is improper.
+    log_det = 2 * torch.linalg.cholesky(gram).diagonal(dim1=-2, dim2=-1).log().sum()
+    num_rows = mean.numel() / rank
+    log_prior_std = torch.log(torch.as_tensor(prior_std, dtype=mean.dtype, device=mean.device))
+    constant = num_rows * rank * (log_prior_std - 0.5) - 0.5 * rows * log_det
+    return delta_quadratic(mean, gram, prior_std) + trace + constant - log_std.sum()
+
+
+def sample_weight(mean: torch.Tensor, log_std: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """One draw of B ~ q(B), same shape as ``mean``."""
+    noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+    return mean + log_std.exp() * noise
+
+
+def local_reparameterization(output_mean: torch.Tensor, output_variance: torch.Tensor) -> torch.Tensor:
+    """A draw of the layer's output B h given its exact mean M h and variance S² h².
+
+    Kingma, Salimans, Welling 2015 (arXiv 1506.02557), eq. 6: one noise value per output element in
+    place of one per weight gives the same marginals with a lower gradient variance. Between the
+    positions of one image (pixels, tokens) the noise is independent, where a draw of B would be shared.
+    """
+    # The square root's gradient is infinite at 0, which h = 0 (a padded border, a dead unit) reaches.
+    tiny = torch.finfo(output_variance.dtype).tiny
+    return output_mean + output_variance.clamp_min(tiny).sqrt() * torch.randn_like(output_mean)
+
+
+def signal_to_noise(mean: torch.Tensor, log_std: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """E‖signal‖² / E‖noise‖² of the delta: tr(M G Mᵀ) / Σ_i tr(G diag(S_i²)); a scalar, no unit."""
+    signal = torch.einsum("...ij,...jk,...ik->", mean, gram, mean)
+    noise = (torch.exp(2 * log_std) * gram.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)).sum()
+    return signal / noise
+
+
+def output_variance(hidden: torch.Tensor, log_std: torch.Tensor, groups: int = 1) -> torch.Tensor:
+    """Var[B h] = S² h², elementwise squares.
+
+    Args:
+        hidden: h = A x, (batch, ..., r) for a linear layer, or (batch, r, height, width) for a convolution.
+        log_std: (out, r) or (out, r / groups, 1, 1).
+        groups: groups of the convolution.
+    """
+    variance = torch.exp(2 * log_std).to(hidden.dtype)
+    if log_std.ndim == 4:
+        return F.conv2d(hidden.square(), variance, groups=groups)
+    return F.linear(hidden.square(), variance)
