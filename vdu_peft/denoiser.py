@@ -1,0 +1,240 @@
+"""One contract over diffusion models: predict noise, add noise, sample.
+
+Covers unconditional and class-conditional ``UNet2DModel`` with any discrete-time diffusers scheduler
+(epsilon, v and sample prediction), and a user's own module that maps (x_t, t) to noise.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from torch import nn
+from tqdm.auto import tqdm
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded or used; the message names it and the mend."""
+
+
+class Denoiser:
+    """A network with its noise schedule.
+
+    Args:
+        model: called as ``model(x_t, timesteps)`` with x_t (N, C, H, W) and timesteps (N,) int64, and with
+            ``class_labels=`` (N,) when ``num_classes`` is given; returns a tensor (N, C, H, W) or an object
+            with ``.sample``. Twice the channels means that a variance is learned too; it is left alone.
+        scheduler: a diffusers scheduler; its betas and ``prediction_type`` are used.
+        image_size: (height, width); taken from ``model.config.sample_size`` when None.
+        channels: taken from ``model.config.in_channels`` when None.
+
+    Raises:
+        ModelError: an unknown prediction type, or a size that neither the model nor the caller names.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        scheduler: DDPMScheduler,
+        image_size: tuple[int, int] | None = None,
+        channels: int | None = None,
+    ):
+        config = getattr(model, "config", {})
+        size = config.get("sample_size") if image_size is None else image_size
+        self.channels = config.get("in_channels") if channels is None else channels
+        if size is None or self.channels is None:
+            raise ModelError(f"{type(model).__name__} does not tell its image size; pass image_size and channels")
+        self.image_size = (size, size) if isinstance(size, int) else tuple(size)
+        self.num_classes = config.get("num_class_embeds")
+        self.model = model
+        self.scheduler = DDPMScheduler.from_config(scheduler.config)
+        self.prediction_type = self.scheduler.config.prediction_type
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise ModelError(f"prediction_type {self.prediction_type!r}; known are {', '.join(PREDICTION_TYPES)}")
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, torch_dtype: torch.dtype = torch.float32) -> "Denoiser":
+        """Load a diffusers pipeline folder, a bare UNet folder, or a hub id; safetensors only.
+
+        Raises:
+            ModelError: nothing there, no safetensors weights, or a model that is not a UNet2DModel.
+        """
+        folder = Path(name_or_path)
+        if folder.is_dir():
+            unet_folder, scheduler_folder = _check_folder(folder)
+        elif folder.exists() or folder.is_absolute() or str(name_or_path).count("/") != 1:
+            raise ModelError(f"{name_or_path}: no such folder, and not a hub id of the form owner/name")
+        else:
+            unet_folder, scheduler_folder = _from_hub(str(name_or_path))
+        try:
+            unet = UNet2DModel.from_pretrained(
+                unet_folder, torch_dtype=torch_dtype, use_safetensors=True, low_cpu_mem_usage=False
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ModelError(f"{unet_folder}: cannot be loaded as a UNet2DModel ({str(error).splitlines()[0]})") from error
+        scheduler = DDPMScheduler.from_pretrained(scheduler_folder) if scheduler_folder else DDPMScheduler()
+        return cls(unet.eval(), scheduler)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return self.scheduler.config.num_train_timesteps
+
+    def add_noise(self, images: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε, (N, C, H, W)."""
+        return self.scheduler.add_noise(images, noise, timesteps)
+
+    def noise_pred(
+        self,
+        x_t: torch.Tensor,
+        timesteps: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        model: nn.Module | None = None,
+    ) -> torch.Tensor:
+        """The predicted noise ε, float32 (N, C, H, W), whatever the model predicts.
+
+        Args:
+            model: stands in for ``self.model``; the trainer passes it wrapped for several processes.
+        """
+        options = {} if class_labels is None else {"class_labels": class_labels}
+        output = (model or self.model)(x_t, timesteps, **options)
+        output = getattr(output, "sample", output)[:, : self.channels].float()
+        if self.prediction_type == "epsilon":
+            return output
+        alpha_bar = self.scheduler.alphas_cumprod.to(x_t.device)[timesteps].view(-1, 1, 1, 1)
+        if self.prediction_type == "v_prediction":  # v = √ᾱ ε − √(1−ᾱ) x_0, Salimans and Ho 2022
+            return alpha_bar.sqrt() * output + (1 - alpha_bar).sqrt() * x_t
+        return (x_t - alpha_bar.sqrt() * output) / (1 - alpha_bar).sqrt()
+
+    @torch.no_grad()
+    def sample(
+        self,
+        num_images: int,
+        *,
+        seed: int,
+        num_inference_steps: int = 25,
+        batch_size: int = 64,
+        class_labels: Sequence[int] | None = None,
+        progress: str | None = None,
+    ) -> torch.Tensor:
+        """Draw images with DDIM (eta 0).
+
+        Every image has its own generator, so image i of a seed is the same whatever the batch size.
+
+        Args:
+            progress: label of a progress bar; none when None.
+
+        Returns:
+            float32 (num_images, C, H, W) on the CPU, in [-1, 1].
+        """
+        noise = torch.stack(
+            [
+                torch.randn(self.channels, *self.image_size, generator=torch.Generator().manual_seed(seed * 1_000_003 + i))
+                for i in range(num_images)
+            ]
+        )
+        labels = None if class_labels is None else torch.as_tensor(class_labels)
+        scheduler = DDIMScheduler.from_config(self.scheduler.config)
+        bar = tqdm(total=num_images, desc=progress, unit="img", disable=progress is None, leave=False)
+        dtype = next(self.model.parameters()).dtype
+        batches = []
+        for start in range(0, num_images, batch_size):
+            x_t = noise[start : start + batch_size].to(self.device)
+            batch_labels = None if labels is None else labels[start : start + batch_size].to(self.device)
+            scheduler.set_timesteps(num_inference_steps, device=self.device)
+            for t in scheduler.timesteps:
+                output = self.model(
+                    x_t.to(dtype),
+                    t.expand(len(x_t)),
+                    **({} if batch_labels is None else {"class_labels": batch_labels}),
+                )
+                output = getattr(output, "sample", output)[:, : self.channels].float()
+                x_t = scheduler.step(output, t, x_t).prev_sample
+            batches.append(x_t.clamp(-1, 1).cpu())
+            bar.update(len(x_t))
+        bar.close()
+        return torch.cat(batches)
+
+    @torch.no_grad()
+    def features(self, images: torch.Tensor, timesteps: Sequence[int], seed: int, batch_size: int = 64) -> torch.Tensor:
+        """What the frozen network sees in clean images, for telling kinds of images apart without labels.
+
+        The mid block's channel means at each timestep; of a network without a ``mid_block``, its predicted
+        noise pooled to 4 x 4. One fixed noise serves all images, so that it cancels between them.
+
+        Returns:
+            float32 (N, F) on the CPU.
+        """
+        noise = torch.randn(images[:1].shape, generator=torch.Generator().manual_seed(seed))
+        captured = []
+        mid_block = getattr(self.model, "mid_block", None)
+        hook = mid_block and mid_block.register_forward_hook(lambda _, __, out: captured.append(out.mean((2, 3))))
+        rows = []
+        try:
+            for batch in images.split(batch_size):
+                columns = []
+                for t in timesteps:
+                    steps = torch.full((len(batch),), t, device=self.device)
+                    x_t = self.add_noise(batch, noise.expand_as(batch), steps.cpu()).to(self.device)
+                    prediction = self.noise_pred(x_t, steps)
+                    pooled = captured.pop() if mid_block else nn.functional.adaptive_avg_pool2d(prediction, 4).flatten(1)
+                    columns.append(pooled.float().cpu())
+                rows.append(torch.cat(columns, dim=1))
+        finally:
+            if hook:
+                hook.remove()
+        return torch.cat(rows)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a complete diffusers pipeline, as safetensors."""
+        if not isinstance(self.model, UNet2DModel):
+            raise ModelError(f"{type(self.model).__name__} is not a diffusers model; save its state_dict yourself")
+        DDPMPipeline(self.model, self.scheduler).save_pretrained(folder, safe_serialization=True)
+
+
+def as_denoiser(model: Denoiser | DiffusionPipeline | str | Path) -> Denoiser:
+    """A Denoiser from itself, a pipeline object, a folder or a hub id."""
+    if isinstance(model, Denoiser):
+        return model
+    if isinstance(model, DiffusionPipeline):
+        if not isinstance(getattr(model, "unet", None), UNet2DModel):
+            raise ModelError(f"{type(model).__name__}: only pipelines around a UNet2DModel are supported")
+        return Denoiser(model.unet, model.scheduler)
+    return Denoiser.from_pretrained(model)
+
+
+def _check_folder(folder: Path) -> tuple[Path, Path | None]:
+    """(unet folder, scheduler folder or None) of a local model, checked before anything heavy."""
+    unet_folder, scheduler_folder = (folder / "unet", folder / "scheduler") if (folder / "unet").is_dir() else (folder, None)
+    if not (unet_folder / "config.json").is_file():
+        raise ModelError(f"{folder}: no config.json; expected a diffusers pipeline or UNet2DModel folder")
+    try:
+        kind = json.loads((unet_folder / "config.json").read_text()).get("_class_name")
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{unet_folder / 'config.json'}: not valid JSON ({error})") from error
+    if kind != "UNet2DModel":
+        raise ModelError(f"{folder}: holds a {kind}; only UNet2DModel is supported so far")
+    if not list(unet_folder.glob("*.safetensors")):
+        pickles = sorted(f.name for f in unet_folder.iterdir() if f.suffix in (".bin", ".ckpt", ".pt", ".pth"))
+        found = f"only {', '.join(pickles)}, and pickle is never read; convert it to safetensors" if pickles else "no weights"
+        raise ModelError(f"{unet_folder}: no .safetensors file there, {found}")
+    if scheduler_folder and not (scheduler_folder / "scheduler_config.json").is_file():
+        scheduler_folder = None
+    return unet_folder, scheduler_folder
+
+
+def _from_hub(repo_id: str) -> tuple[Path, Path | None]:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors"])
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(f"{repo_id}: neither a local folder nor a hub model that can be reached") from error
+    return _check_folder(Path(folder))

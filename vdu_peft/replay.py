@@ -1,0 +1,91 @@
+"""What to retain, without data: the pre-trained model's own samples, less those that look like the forget set."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from vdu_peft.denoiser import Denoiser
+
+# Where the mid block tells kinds of images apart: little noise, but not so little that all look alike.
+FEATURE_TIMESTEPS = (10, 100, 250)  # of 1000
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Self-generated images to retain: ``images`` (N, C, H, W) in [-1, 1], of ``num_generated`` drawn."""
+
+    images: torch.Tensor
+    num_generated: int
+
+
+def generate_replay(
+    denoiser: Denoiser,
+    forget: torch.Tensor,
+    *,
+    num_images: int,
+    num_inference_steps: int,
+    keep_quantile: float,
+    seed: int,
+    progress: bool = False,
+) -> Replay:
+    """Sample the model as it stands and drop what looks like the forget set.
+
+    Args:
+        forget: (N_f, C, H, W) in [-1, 1].
+        num_images: how many to draw, before the filter.
+        keep_quantile: drop samples whose forget score exceeds this quantile of the forget images' scores.
+        seed: of the sampler and the features' noise.
+    """
+    # Another seed than evaluation would use: a report must not judge the very samples trained on.
+    images = denoiser.sample(
+        num_images,
+        seed=seed + 7919,
+        num_inference_steps=num_inference_steps,
+        progress="replay" if progress else None,
+    )
+    timesteps = [t * denoiser.num_train_timesteps // 1000 for t in FEATURE_TIMESTEPS]
+    scores = forget_scores(
+        denoiser.features(forget, timesteps, seed=seed), denoiser.features(images, timesteps, seed=seed)
+    )
+    forget_score, sample_score = scores
+    keep = sample_score < torch.quantile(forget_score, keep_quantile)
+    if keep.sum() < 2:
+        # Nothing but the forget concept in the samples (or too few of them): the least alike half is the best there is.
+        keep = sample_score <= sample_score.median()
+    return Replay(images[keep], num_images)
+
+
+def forget_scores(forget: torch.Tensor, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Forget-likeness of both sets: log-odds of a logistic regression of forget images against samples.
+
+    The samples hold some of the forget concept themselves; the regression, being linear and penalised,
+    cannot carve those few out, so they score like forget images.
+
+    Args:
+        forget: features (N_f, F).
+        samples: features (N, F).
+
+    Returns:
+        scores (N_f,) and (N,), float64.
+    """
+    features = torch.cat([forget, samples]).double()
+    features = (features - features.mean(0)) / features.std(0).clamp_min(1e-6)
+    labels = torch.cat([torch.ones(len(forget)), torch.zeros(len(samples))]).double()
+    # Both sets weigh the same whatever their sizes.
+    row_weight = torch.where(labels == 1, 0.5 / len(forget), 0.5 / len(samples)).double()
+    weight = torch.zeros(features.shape[1], dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        logits = features @ weight + bias
+        loss = F.binary_cross_entropy_with_logits(logits, labels, weight=row_weight, reduction="sum")
+        loss = loss + 0.5 * 1e-2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    scores = (features @ weight + bias).detach()
+    return scores[: len(forget)], scores[len(forget) :]
