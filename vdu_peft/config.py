@@ -44,8 +44,8 @@ class VDUConfig(LoraConfig):
 
     r: int = field(default=4, metadata={"help": "Rank of the adapter."})
     lora_alpha: float = field(default=4, metadata={"help": "s = lora_alpha / r scales the delta."})
-    prior_scale: float = field(default=1.0, metadata={"help": "Prior std of the delta, relative to RMS(W)."})
-    init_scale: float = field(default=0.3, metadata={"help": "Initial posterior std, relative to RMS(W)."})
+    prior_scale: float = field(default=0.1, metadata={"help": "Prior std of the delta, relative to RMS(W)."})
+    init_scale: float = field(default=0.03, metadata={"help": "Initial posterior std, relative to RMS(W)."})
     variational: bool = field(default=True, metadata={"help": "False gives the deterministic twin."})
 
     def __post_init__(self):

@@ -49,7 +49,7 @@ def delta_kl(mean: torch.Tensor, log_std: torch.Tensor, gram: torch.Tensor, prio
     """
     rank, rows = mean.shape[-1], mean.shape[-2]
     trace = (torch.exp(2 * log_std) * gram.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)).sum() / (2 * prior_std**2)
-    # The Cholesky factor refuses a singular G: with A short of full row rank the prior on B is improper.
+    # With A short of full row rank the prior on B is improper; the layers refuse a rank above A's columns.
     log_det = 2 * torch.linalg.cholesky(gram).diagonal(dim1=-2, dim2=-1).log().sum()
     num_rows = mean.numel() / rank
     log_prior_std = torch.log(torch.as_tensor(prior_std, dtype=mean.dtype, device=mean.device))
@@ -90,7 +90,10 @@ def output_variance(hidden: torch.Tensor, log_std: torch.Tensor, groups: int = 1
         log_std: (out, r) or (out, r / groups, 1, 1).
         groups: groups of the convolution.
     """
-    variance = torch.exp(2 * log_std).to(hidden.dtype)
-    if log_std.ndim == 4:
-        return F.conv2d(hidden.square(), variance, groups=groups)
-    return F.linear(hidden.square(), variance)
+    # Squares leave float16's range at both ends, so at least float32, under autocast too.
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    square, variance = hidden.to(dtype).square(), torch.exp(2 * log_std.to(dtype))
+    with torch.autocast(hidden.device.type, enabled=False):
+        if log_std.ndim == 4:
+            return F.conv2d(square, variance, groups=groups)
+        return F.linear(square, variance)

@@ -1,0 +1,303 @@
+"""unlearn(): the loop that joins adapter, objective and replay, on accelerate."""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+
+from vdu_peft import objective
+from vdu_peft.adapter import AdapterError, atomic_folder, attach, local_reparameterization, save_adapter, total_kl
+from vdu_peft.config import UnlearnConfig, VDUConfig
+from vdu_peft.data import ImageDataset, check_images
+from vdu_peft.denoiser import Denoiser, as_denoiser
+from vdu_peft.replay import generate_replay
+
+logger = logging.getLogger(__name__)
+
+# Steps over which the noisy per-batch terms are averaged before anything is decided from them.
+WINDOW = 20
+# The forget target holds when the mean hinge is below this: the average image is within 5 % of c.
+TARGET_TOLERANCE = 0.05
+# Below this forget ratio the forget images are as likely as before: nothing was learned.
+NOTHING_LEARNED = 1.05
+# Above this the model has moved, on what it should retain, by as much as its own error: it is destroyed.
+COLLAPSE = 1.0
+
+
+class UnlearnError(RuntimeError):
+    """A run that cannot go on; the message says what is kept and what to change."""
+
+
+@dataclass
+class UnlearnResult:
+    """What :func:`unlearn` returns.
+
+    Attributes:
+        model: the PEFT model with the trained adapter; its base is the model passed in.
+        denoiser: the denoiser around it.
+        history: one record per optimizer step: loss, plasticity, stability, kl (nats), forget_ratio.
+        status: ``forgotten``, ``partly forgotten``, ``nothing learned`` or ``collapsed``.
+        num_replay: replay images kept by the filter.
+        trained_parameters: adapter parameters that the optimizer saw.
+    """
+
+    model: PeftModel
+    denoiser: Denoiser
+    history: list[dict[str, float]]
+    status: str
+    num_replay: int
+    trained_parameters: int
+
+    @property
+    def failed(self) -> bool:
+        return self.status in ("nothing learned", "collapsed")
+
+
+def unlearn(
+    model,
+    forget: torch.Tensor,
+    config: UnlearnConfig | None = None,
+    adapter: VDUConfig | None = None,
+    *,
+    replay: torch.Tensor | None = None,
+    output_dir: str | Path | None = None,
+    resume: bool = False,
+    callback: Callable[[int, dict[str, float]], None] | None = None,
+) -> UnlearnResult:
+    """Learn a variational adapter that forgets the given images.
+
+    Args:
+        model: a Denoiser, a diffusers pipeline, a folder or a hub id.
+        forget: (N, C, H, W) in [-1, 1].
+        config: the run; defaults when None.
+        adapter: the adapter; :meth:`VDUConfig.for_model` when None.
+        replay: (M, C, H, W) in [-1, 1] to retain; the model draws its own when None.
+        output_dir: gets ``adapter/``, ``history.json`` and checkpoints; nothing is written when None.
+        resume: go on from the last checkpoint in ``output_dir``, to the same result as without the interruption.
+        callback: called with (step, terms) after every optimizer step.
+
+    Raises:
+        DataError, ConfigError, ModelError: bad input, before any heavy work.
+        UnlearnError: the loss is not finite; the last good adapter is kept in ``output_dir``.
+    """
+    config = config or UnlearnConfig()
+    denoiser = as_denoiser(model)
+    forget = check_images(forget, denoiser.image_size, denoiser.channels, "forget images")
+    output_dir = Path(output_dir) if output_dir is not None else None
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        log_with=config.report_to,
+        project_dir=output_dir,
+    )
+    bar_off = not accelerator.is_local_main_process
+    denoiser.model.to(accelerator.device).requires_grad_(False)
+    if config.gradient_checkpointing and hasattr(denoiser.model, "enable_gradient_checkpointing"):
+        denoiser.model.enable_gradient_checkpointing()
+
+    set_seed(config.seed)
+    peft_model = attach(denoiser.model, adapter or VDUConfig.for_model(denoiser.model))
+    if replay is None:
+        with peft_model.disable_adapter():
+            replay = generate_replay(
+                denoiser,
+                forget,
+                num_images=config.replay_size,
+                num_inference_steps=config.replay_inference_steps,
+                keep_quantile=config.replay_keep_quantile,
+                seed=config.seed,
+                progress=not bar_off,
+            ).images
+    else:
+        replay = check_images(replay, denoiser.image_size, denoiser.channels, "replay images")
+    parameters = {n: p for n, p in denoiser.model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.Adam(parameters.values(), lr=config.learning_rate)
+    network, optimizer = accelerator.prepare(denoiser.model, optimizer)
+    forget_set = ImageDataset(forget, config.random_flip)
+
+    history: list[dict[str, float]] = []
+    if resume:
+        history = _load_checkpoint(output_dir, parameters, optimizer, config)
+    if config.report_to and accelerator.is_main_process:
+        accelerator.init_trackers("unlearn", config={k: v for k, v in asdict(config).items() if v is not None})
+    progress = tqdm(total=config.max_train_steps, initial=len(history), desc="unlearn", disable=bar_off)
+
+    while len(history) < config.max_train_steps and not _stop(history, config):
+        step = len(history)
+        # Every step has its own seed, so that a resumed run draws what the uninterrupted one would have.
+        set_seed(config.seed * 1_000_003 + step)
+        terms: dict[str, torch.Tensor] = {}
+        for _ in range(config.gradient_accumulation_steps):
+            batch = _draw_batch(denoiser, forget_set, replay, config.train_batch_size, accelerator)
+            batch_terms = _terms(denoiser, network, peft_model, batch, config, accelerator)
+            kl = total_kl(denoiser.model)
+            loss = (
+                batch_terms["plasticity"]
+                + config.stability_weight * batch_terms["stability"]
+                + config.kl_weight * kl / forget.numel()
+            )
+            accelerator.backward(loss / config.gradient_accumulation_steps)
+            for name, value in {"loss": loss, "kl": kl, **batch_terms}.items():
+                terms[name] = terms.get(name, 0) + value.detach() / config.gradient_accumulation_steps
+        record = {name: accelerator.reduce(value, "mean").item() for name, value in terms.items()}
+        if not torch.isfinite(torch.tensor(list(record.values()))).all():
+            kept = _save(peft_model, output_dir, history, accelerator)
+            raise UnlearnError(
+                f"step {step + 1}: the loss is not finite ({record}); {kept}. Lower learning_rate, or use mixed_precision no"
+            )
+        if accelerator.sync_gradients:
+            accelerator.clip_grad_norm_(parameters.values(), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append(record)
+        progress.update()
+        progress.set_postfix({name: f"{value:.3g}" for name, value in record.items()})
+        if config.report_to:
+            accelerator.log(record, step=step + 1)
+        if callback:
+            callback(step + 1, record)
+        if config.checkpointing_steps and len(history) % config.checkpointing_steps == 0 and output_dir:
+            _save_checkpoint(output_dir, parameters, optimizer, history, config, accelerator)
+    progress.close()
+    if config.report_to:
+        accelerator.end_training()
+
+    status = run_status(history, config)
+    _save(peft_model, output_dir, history, accelerator)
+    return UnlearnResult(
+        peft_model, denoiser, history, status, len(replay), sum(p.numel() for p in parameters.values())
+    )
+
+
+def _draw_batch(
+    denoiser: Denoiser, forget_set: ImageDataset, replay: torch.Tensor, batch_size: int, accelerator: Accelerator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(images, noise, timesteps) of this process: batch_size forget images, then as many replay images.
+
+    All processes draw the whole batch from the one seed and keep their share, so that P processes of batch
+    size b see what one of P·b sees.
+    """
+    total = batch_size * accelerator.num_processes
+    forget = torch.stack([forget_set[i] for i in _draw_indices(len(forget_set), total)])
+    images = torch.stack([forget, replay[_draw_indices(len(replay), total)]])  # (2, total, C, H, W)
+    noise = torch.randn(images.shape)
+    timesteps = torch.randint(denoiser.num_train_timesteps, (2, total))
+    share = slice(accelerator.process_index * batch_size, (accelerator.process_index + 1) * batch_size)
+    return tuple(t[:, share].flatten(0, 1).to(accelerator.device) for t in (images, noise, timesteps))
+
+
+def _draw_indices(size: int, count: int) -> list[int]:
+    """``count`` indices without repetition as long as the set lasts, then again."""
+    rounds = -(-count // size)
+    return torch.cat([torch.randperm(size) for _ in range(rounds)])[:count].tolist()
+
+
+def _terms(denoiser, network, peft_model, batch, config: UnlearnConfig, accelerator) -> dict[str, torch.Tensor]:
+    images, noise, timesteps = batch
+    half = len(images) // 2
+    x_t = denoiser.add_noise(images, noise, timesteps)
+    with accelerator.autocast():
+        with torch.no_grad(), peft_model.disable_adapter():  # the teacher: the same module, adapter off
+            base_noise_pred = denoiser.noise_pred(x_t, timesteps)
+        with local_reparameterization(denoiser.model):
+            noise_pred = denoiser.noise_pred(x_t, timesteps, model=network)
+    loss = objective.denoising_loss(noise_pred[:half], noise[:half])
+    base_loss = objective.denoising_loss(base_noise_pred[:half], noise[:half])
+    if config.plasticity == "hinge":
+        plasticity = objective.hinge(loss, base_loss, config.forget_target)
+    else:
+        plasticity = objective.elbo(loss)
+    return {
+        "plasticity": plasticity,
+        "stability": objective.stability(noise_pred[half:], base_noise_pred[half:], noise[half:]),
+        "forget_ratio": objective.forget_ratio(loss, base_loss),
+    }
+
+
+def _recent(history: list[dict[str, float]], name: str) -> float:
+    values = [record[name] for record in history[-WINDOW:]]
+    return sum(values) / len(values)
+
+
+def _stop(history: list[dict[str, float]], config: UnlearnConfig) -> bool:
+    if len(history) < WINDOW:
+        return False
+    if _recent(history, "stability") > COLLAPSE:
+        return True
+    return (
+        config.early_stopping and config.plasticity == "hinge" and _recent(history, "plasticity") < TARGET_TOLERANCE
+    )
+
+
+def run_status(history: list[dict[str, float]], config: UnlearnConfig) -> str:
+    """``forgotten``, ``partly forgotten``, or one of the silent failures: ``nothing learned``, ``collapsed``."""
+    if _recent(history, "stability") > COLLAPSE:
+        return "collapsed"
+    ratio = _recent(history, "forget_ratio")
+    if ratio < NOTHING_LEARNED:
+        return "nothing learned"
+    # Half of the way to the target: where samples of the concept have gone in practice.
+    return "forgotten" if ratio >= (1 + config.forget_target) / 2 else "partly forgotten"
+
+
+def _save(peft_model: PeftModel, output_dir: Path | None, history, accelerator: Accelerator) -> str:
+    if output_dir is None:
+        return "nothing was written (no output_dir)"
+    if accelerator.is_main_process:
+        save_adapter(peft_model, output_dir / "adapter")
+        (output_dir / "history.json").write_text(json.dumps(history) + "\n")
+    accelerator.wait_for_everyone()
+    return f"the adapter of the last good step is in {output_dir / 'adapter'}"
+
+
+def _save_checkpoint(output_dir: Path, parameters, optimizer, history, config, accelerator) -> None:
+    """``checkpoint/``: parameters and Adam's moments in one safetensors file, history and config in its header."""
+    if accelerator.is_main_process:
+        tensors = {f"parameter.{name}": p.detach().cpu().contiguous() for name, p in parameters.items()}
+        for name, state in zip(parameters, _optimizer_state(optimizer, parameters), strict=True):
+            tensors |= {f"{key}.{name}": value.cpu().contiguous() for key, value in state.items()}
+        with atomic_folder(output_dir / "checkpoint") as fresh:
+            metadata = {"history": json.dumps(history), "config": json.dumps(asdict(config))}
+            save_file(tensors, fresh / "state.safetensors", metadata=metadata)
+    accelerator.wait_for_everyone()
+
+
+def _optimizer_state(optimizer, parameters) -> list[dict[str, torch.Tensor]]:
+    return [optimizer.state[p] for p in parameters.values()]
+
+
+# What may differ between the interrupted run and its resumption.
+_RESUMABLE = ("max_train_steps", "checkpointing_steps", "report_to", "early_stopping")
+
+
+def _load_checkpoint(output_dir: Path | None, parameters, optimizer, config: UnlearnConfig) -> list[dict[str, float]]:
+    file = output_dir / "checkpoint" / "state.safetensors" if output_dir else None
+    if file is None or not file.is_file():
+        raise AdapterError(f"{output_dir}: no checkpoint to resume from; run without resume, with checkpointing_steps")
+    with safe_open(file, framework="pt") as stored:
+        metadata = stored.metadata()
+        old, new = json.loads(metadata["config"]), asdict(config)
+        for name in sorted(old.keys() - set(_RESUMABLE)):
+            if old[name] != new[name]:
+                raise AdapterError(f"{file}: was written with {name}={old[name]}, not {new[name]}; resume with the same")
+        names = {key.removeprefix("parameter.") for key in stored.keys() if key.startswith("parameter.")}  # noqa: SIM118
+        if names != set(parameters):
+            raise AdapterError(f"{file}: a checkpoint of another model or adapter; start again in a new output_dir")
+        for name, p in parameters.items():
+            value = stored.get_tensor(f"parameter.{name}")
+            if value.shape != p.shape:
+                raise AdapterError(f"{file}: a checkpoint of another model: {name} has shape {list(value.shape)}")
+            p.data.copy_(value)
+            optimizer.state[p] = {
+                key: stored.get_tensor(f"{key}.{name}").to(p.device if key != "step" else "cpu")
+                for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+    return json.loads(metadata["history"])
