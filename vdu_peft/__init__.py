@@ -1,0 +1,25 @@
+"""Variational Diffusion Unlearning as a PEFT adapter."""
+
+from vdu_peft.adapter import adapter_scale, attach, load_adapter, posterior_sample, save_adapter
+from vdu_peft.config import UnlearnConfig, VDUConfig
+from vdu_peft.data import ImageSource
+from vdu_peft.denoiser import Denoiser
+from vdu_peft.export import merge
+from vdu_peft.trainer import UnlearnResult, unlearn
+from vdu_peft.version import __version__
+
+__all__ = [
+    "Denoiser",
+    "ImageSource",
+    "UnlearnConfig",
+    "UnlearnResult",
+    "VDUConfig",
+    "__version__",
+    "adapter_scale",
+    "attach",
+    "load_adapter",
+    "merge",
+    "posterior_sample",
+    "save_adapter",
+    "unlearn",
+]

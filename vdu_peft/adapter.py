@@ -98,7 +98,8 @@ def posterior_sample(
 def adapter_scale(model: nn.Module, scale: float) -> Iterator[None]:
     """Inside, every active adapter's delta is multiplied by ``scale``; 0 is the base model, bit for bit."""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    disabled = [layer.disable_adapters for layer in layers]
+    before = [(layer.disable_adapters, dict(layer.scaling)) for layer in layers]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for layer in layers:
         if scale == 0:
             layer.enable_adapters(False)
@@ -107,11 +108,12 @@ def adapter_scale(model: nn.Module, scale: float) -> Iterator[None]:
     try:
         yield
     finally:
-        for layer, was_disabled in zip(layers, disabled, strict=True):
+        for layer, (disabled, scaling) in zip(layers, before, strict=True):
+            layer.scaling.update(scaling)  # unscale_layer divides, which rounds
             if scale == 0:
-                layer.enable_adapters(not was_disabled)
-            else:
-                layer.unscale_layer(scale)
+                layer.enable_adapters(not disabled)
+        for parameter, requires_grad in trainable:  # enable_adapters sets it
+            parameter.requires_grad_(requires_grad)
 
 
 def save_adapter(peft_model: PeftModel, folder: str | Path) -> None:

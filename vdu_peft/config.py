@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -71,7 +72,7 @@ class VDUConfig(LoraConfig):
             rank = options.get("r", cls.r)
             names = [name for name, module in model.named_modules() if _adaptable(module, rank)]
             attention = any("transformer_blocks" in name for name in names)
-            options["target_modules"] = ATTENTION_PROJECTIONS if attention else names
+            options["target_modules"] = ATTENTION_PROJECTIONS if attention else _exactly(names, model)
         return cls(**options)
 
     @classmethod
@@ -96,8 +97,21 @@ class VDUConfig(LoraConfig):
 
 def _adaptable(module: nn.Module, rank: int) -> bool:
     if isinstance(module, nn.Conv2d):
-        return tuple(module.dilation) == (1, 1) and module.padding_mode == "zeros" and rank % module.groups == 0
-    return isinstance(module, nn.Linear)
+        if tuple(module.dilation) != (1, 1) or module.padding_mode != "zeros" or rank % module.groups:
+            return False
+        fan_in = module.weight[0].numel() * module.groups  # lora_A is not grouped
+        return rank // module.groups <= fan_in
+    return isinstance(module, nn.Linear) and rank <= module.in_features
+
+
+def _exactly(names: list[str], model: nn.Module) -> list[str] | str:
+    """``target_modules`` that match these modules and no other: PEFT takes a name for the end of a name, too."""
+    targets = set(names)
+    others = [name for name, _ in model.named_modules() if name not in targets]
+    endings = tuple(f".{name}" for name in names)
+    if any(name.endswith(endings) for name in others):
+        return "|".join(re.escape(name) for name in names)
+    return names
 
 
 @dataclass(frozen=True)
@@ -155,7 +169,9 @@ class UnlearnConfig:
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
         if not self.forget_target > 1:
-            raise ConfigError(f"forget_target must be greater than 1 (1 is the original loss), not {self.forget_target}")
+            raise ConfigError(
+                f"forget_target must be greater than 1 (1 is the original loss), not {self.forget_target}"
+            )
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be greater than 0, not {getattr(self, name)}")

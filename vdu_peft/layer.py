@@ -23,7 +23,9 @@ class GaussianVariant(LoraVariant):
         mean = module.lora_B[adapter_name].weight
         rank, fan_in = module._factors(adapter_name)[2].shape[1:]
         if rank > fan_in:
-            raise ValueError(f"rank {rank} exceeds the {fan_in} inputs of a target layer; lower r or leave the layer out")
+            raise ValueError(
+                f"rank {rank} exceeds the {fan_in} inputs of a target layer; lower r or leave the layer out"
+            )
         # S starts where every rank component alone spreads each row of the delta by init_scale x RMS(W):
         # dividing by its length in G makes the start independent of how A is scaled.
         lengths = module.gram(adapter_name).diagonal(dim1=-2, dim2=-1).sqrt()  # (groups, r / groups)
@@ -117,7 +119,9 @@ class VariationalLayer:
         mean, log_std, lora_A = self._factors(adapter_name)
         if log_std is None:
             return None
-        return posterior.signal_to_noise(mean, log_std, posterior.gram_matrix(lora_A, self.scaling[adapter_name])).item()
+        return posterior.signal_to_noise(
+            mean, log_std, posterior.gram_matrix(lora_A, self.scaling[adapter_name])
+        ).item()
 
 
 class VariationalLinear(VariationalLayer, lora.Linear):

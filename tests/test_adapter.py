@@ -1,0 +1,450 @@
+"""The adapter as a whole: attaching, sampling, scaling, and what is on disk when all goes well or not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from vdu_peft import adapter
+from vdu_peft.adapter import AdapterError
+from vdu_peft.config import ConfigError, VDUConfig
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def tiny(width=4, dtype=torch.float32):
+    """A network with both kinds of target, "0" and "3"; the seed makes every call's weights the same."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.SiLU(), nn.Flatten(), nn.Linear(width * 16, 5)).to(dtype)
+
+
+def images(count=2, dtype=torch.float32):
+    return torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def trained(model, **options):
+    """``model`` with an adapter whose mean and deviations are random."""
+    options = {"r": 4, "lora_alpha": 8, "target_modules": ["0", "3"], **options}
+    peft_model = adapter.attach(model, VDUConfig(**options))
+    for _, layer in adapter.variational_layers(peft_model):
+        nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
+        for log_std in layer.lora_log_std.values():
+            nn.init.normal_(log_std, mean=-2, std=0.3)
+    return peft_model.eval()
+
+
+def contents(folder):
+    """Every file below a folder, hidden ones too."""
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """(folder of a saved adapter, the model that was saved)"""
+    model = trained(tiny())
+    adapter.save_adapter(model, tmp_path / "saved")
+    return tmp_path / "saved", model
+
+
+def run_python(code, *arguments, path=()):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, env=environment, cwd=arguments[0].parent, capture_output=True, text=True)
+
+
+# On disk
+
+
+@pytest.mark.parametrize("variational", [True, False])
+def test_round_trip_keeps_the_whole_posterior(tmp_path, variational):
+    model = trained(tiny(), variational=variational, prior_scale=0.2)
+    adapter.save_adapter(model, tmp_path / "a" / "b")
+    loaded = adapter.load_adapter(tiny(), tmp_path / "a" / "b")
+    before, after = get_peft_model_state_dict(model), get_peft_model_state_dict(loaded)
+    assert len(before) == (6 if variational else 4)
+    assert before.keys() == after.keys()
+    for name in before:
+        assert torch.equal(before[name], after[name]), name
+    assert torch.equal(loaded.eval()(images()), model(images()))
+    assert torch.equal(adapter.total_kl(loaded), adapter.total_kl(model))
+
+
+def test_saving_again_replaces_the_folder(saved):
+    folder, model = saved
+    (folder / "stale.txt").write_text("of the earlier save")
+    nn.init.ones_(model.base_model.model[3].lora_B["default"].weight)
+    adapter.save_adapter(model, folder)
+    assert not (folder / "stale.txt").exists()
+    assert (load_file(folder / WEIGHTS)["base_model.model.3.lora_B.weight"] == 1).all()
+    assert [f.name for f in folder.parent.iterdir()] == ["saved"]
+
+
+STOCK = """
+import sys
+from pathlib import Path
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+folder, base, io = map(Path, sys.argv[1:])
+model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.SiLU(), nn.Flatten(), nn.Linear(64, 5))
+model.load_state_dict(load_file(base))
+model = PeftModel.from_pretrained(model, folder).eval()
+save_file({"y": model(load_file(io)["x"]).detach()}, io)
+assert not [name for name in sys.modules if name.startswith("vdu_peft")]
+"""
+
+
+def test_stock_peft_loads_the_mean(saved):
+    folder, model = saved
+    base, io = folder.parent / "base.safetensors", folder.parent / "io.safetensors"
+    save_file(tiny().state_dict(), base)
+    save_file({"x": images()}, io)
+    result = run_python(STOCK, folder, base, io)
+    assert result.returncode == 0, result.stderr
+    torch.testing.assert_close(load_file(io)["y"], model(images()), rtol=0, atol=1e-6)
+
+
+def test_config_from_pretrained_keeps_our_fields(tmp_path):
+    config = VDUConfig(r=3, lora_alpha=6, target_modules=["0"], prior_scale=0.2, init_scale=0.01, variational=False)
+    adapter.attach(tiny(), config).save_pretrained(tmp_path)
+    stored = VDUConfig.from_pretrained(tmp_path)
+    for name in ("r", "lora_alpha", "target_modules", "prior_scale", "init_scale", "variational"):
+        assert getattr(stored, name) == getattr(config, name), name
+    assert VDUConfig.from_pretrained(tmp_path, prior_scale=0.5).prior_scale == 0.5
+
+
+def test_config_of_a_plain_lora_is_refused(tmp_path):
+    get_peft_model(tiny(), LoraConfig(target_modules=["0"])).save_pretrained(tmp_path)
+    for load in (VDUConfig.from_pretrained, lambda folder: adapter.load_adapter(tiny(), folder)):
+        with pytest.raises(ConfigError, match=rf"{CONFIG}: not a VDU adapter"):
+            load(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [lambda f: f.unlink(), lambda f: f.write_text('{"r": 4,')], ids=["gone", "cut"])
+def test_config_that_cannot_be_read(saved, damage):
+    damage(saved[0] / CONFIG)
+    with pytest.raises(ConfigError, match=f"{saved[0]}.*{CONFIG}"):
+        VDUConfig.from_pretrained(saved[0])
+
+
+def put_nan(file):
+    tensors = load_file(file)
+    tensors["base_model.model.0.lora_log_std"].view(-1)[0] = float("nan")
+    save_file(tensors, file)
+
+
+DAMAGES = {
+    "gone": (lambda f: f.unlink(), "no such file"),
+    "empty": (lambda f: f.write_bytes(b""), "not a readable safetensors file"),
+    "cut in the header": (lambda f: f.write_bytes(f.read_bytes()[:20]), "not a readable safetensors file"),
+    "cut in the data": (lambda f: f.write_bytes(f.read_bytes()[:-1]), "not a readable safetensors file"),
+    "not finite": (put_nan, "0.lora_log_std holds NaN"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_weights_that_cannot_be_read(saved, damage):
+    folder, _ = saved
+    break_it, message = DAMAGES[damage]
+    break_it(folder / WEIGHTS)
+    model = tiny()
+    with pytest.raises(AdapterError, match=rf"{folder / WEIGHTS}: .*{message}"):
+        adapter.load_adapter(model, folder)
+    assert not list(adapter.variational_layers(model))  # read before the model is touched
+
+
+def drop_log_std(file):
+    save_file({k: v for k, v in load_file(file).items() if "lora_log_std" not in k}, file)
+
+
+def add_layer(file):
+    save_file({**load_file(file), "base_model.model.9.lora_log_std": torch.zeros(1)}, file)
+
+
+@pytest.mark.parametrize(
+    ("model", "change", "message"),
+    [
+        (lambda: tiny(width=6), None, r"0\.lora_B\.weight has shape \[4, 4, 1, 1\], the model's needs \[6, 4, 1, 1\]"),
+        (tiny, drop_log_std, r"0\.lora_log_std is missing"),
+        (tiny, add_layer, r"9\.lora_log_std has shape \[1\], the model's does not exist"),
+    ],
+    ids=["shape", "missing", "surplus"],
+)
+def test_adapter_of_another_model(saved, model, change, message):
+    folder, _ = saved
+    if change:
+        change(folder / WEIGHTS)
+    with pytest.raises(AdapterError, match=rf"{folder}: made for another model: .*{message}"):
+        adapter.load_adapter(model(), folder)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("existed", [True, False])
+def test_an_interrupted_save_leaves_the_earlier_one(tmp_path, existed, error):
+    folder = tmp_path / "adapter"
+    if existed:
+        with adapter.atomic_folder(folder) as fresh:
+            (fresh / "file").write_text("earlier")
+    with pytest.raises(error), adapter.atomic_folder(folder) as fresh:
+        (fresh / "file").write_text("half")
+        raise error
+    assert contents(tmp_path) == ({"adapter/file": b"earlier"} if existed else {})
+    assert [f.name for f in tmp_path.iterdir()] == (["adapter"] if existed else [])
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from vdu_peft.adapter import atomic_folder
+with atomic_folder(Path(sys.argv[1])) as fresh:
+    (fresh / "adapter_model.safetensors").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_save_leaves_the_earlier_one(saved):
+    folder, model = saved
+    before = contents(folder)
+    result = run_python(KILLED, folder, path=[Path(adapter.__file__).parents[1]])
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    assert contents(folder) == before
+    assert torch.equal(adapter.load_adapter(tiny(), folder).eval()(images()), model(images()))
+
+
+# Sampling and scaling
+
+
+def test_posterior_sample_is_held_and_undone():
+    model = trained(tiny())
+    mean, parameters = model(images()), {n: p.clone() for n, p in model.named_parameters()}
+    draws = []
+    for seed in (0, 0, 1):
+        with adapter.posterior_sample(model, generator=torch.Generator().manual_seed(seed)):
+            draws.append(model(images()))
+            assert torch.equal(model(images()), draws[-1])
+        assert torch.equal(model(images()), mean)
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    assert not torch.equal(draws[0], mean)
+    with pytest.raises(KeyError), adapter.posterior_sample(model):
+        raise KeyError
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, parameters[name]), name
+
+
+def test_posterior_sample_moments():
+    """One linear layer: y ~ N(W x + s M h, s² S² h²) with h = A x, over draws of B."""
+    torch.manual_seed(0)
+    model = trained(nn.Sequential(nn.Linear(6, 8)), target_modules=["0"])
+    layer = model.base_model.model[0]
+    x = torch.randn(3, 6)
+    hidden = x @ layer.lora_A["default"].weight.T
+    variance = 4 * hidden.square() @ torch.exp(2 * layer.lora_log_std["default"]).T  # s = 8 / 4
+    generator, count, samples = torch.Generator().manual_seed(0), 1000, []
+    with torch.no_grad():
+        for _ in range(count):
+            with adapter.posterior_sample(model, generator=generator):
+                samples.append(model(x))
+        mean, samples = model(x), torch.stack(samples)
+    # 24 outputs, so 5 standard errors is a chance of 3e-5
+    assert ((samples.mean(0) - mean).abs() < 5 * (variance / count).sqrt()).all()
+    assert ((samples.var(0) - variance).abs() < 5 * variance * (2 / count) ** 0.5).all()
+
+
+def test_a_deterministic_twin_samples_its_mean():
+    model = trained(tiny(), variational=False)
+    mean = model(images())
+    with adapter.posterior_sample(model):
+        assert torch.equal(model(images()), mean)
+
+
+def test_scale_zero_is_the_base():
+    expected = tiny()(images())
+    model = trained(tiny())
+    adapted = model(images())
+    with adapter.adapter_scale(model, 0):
+        assert torch.equal(model(images()), expected)
+    assert torch.equal(model(images()), adapted)
+    assert not torch.equal(adapted, expected)
+
+
+@pytest.mark.parametrize("scale", [0.3, 0.5, 2.0, -1.0])
+def test_scale_multiplies_the_delta(scale):
+    """One linear layer in float64, so that the output is linear in the delta."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 8)).double()
+    x = torch.randn(3, 6, dtype=torch.float64)
+    at_0 = base(x)
+    model = trained(base, target_modules=["0"])
+    at_1 = model(x)
+    with adapter.adapter_scale(model, scale):
+        torch.testing.assert_close(model(x), at_0 + scale * (at_1 - at_0), rtol=1e-12, atol=1e-12)
+    assert torch.equal(model(x), at_1)
+
+
+@pytest.mark.parametrize("scale", [0, 0.7])
+@pytest.mark.parametrize("training", [True, False])
+def test_scale_leaves_no_trace(scale, training):
+    """Neither in the scalings (1.975 x 0.7 / 0.7 is not 1.975) nor in what is trainable."""
+    model = trained(tiny(), lora_alpha=7.9)
+    model.requires_grad_(training)
+    with pytest.raises(KeyError), adapter.adapter_scale(model, scale):
+        raise KeyError
+    assert all(layer.scaling == {"default": 7.9 / 4} for _, layer in adapter.variational_layers(model))
+    assert all(p.requires_grad == training for p in model.parameters())
+
+
+def test_total_and_description_add_up():
+    model = trained(tiny())
+    records = adapter.describe(model)
+    assert [record["layer"] for record in records] == ["0", "3"]
+    assert sum(record["kl"] for record in records) == pytest.approx(adapter.total_kl(model).item(), rel=1e-6)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert sum(record["parameters"] for record in records) == trainable
+    with pytest.raises(AdapterError, match="no variational adapter named 'other'"):
+        adapter.total_kl(model, "other")
+
+
+# Attaching
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (tiny, {"target_modules": ["nothing"]}, "target_modules: .*nothing"),
+        (lambda: nn.Sequential(nn.Embedding(3, 4), nn.Linear(4, 5)), {"target_modules": ["0", "1"]}, "0 and 0 more"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 3, dilation=2)), {"target_modules": ["0"]}, "dilation"),
+        (tiny, {"target_modules": ["0"], "r": 28}, "rank 28 exceeds the 27 inputs"),
+    ],
+    ids=["no match", "embedding", "dilation", "rank"],
+)
+def test_targets_that_cannot_be_adapted(model, options, message):
+    with pytest.raises(ConfigError, match=message):
+        adapter.attach(model(), VDUConfig(**options))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("r", 0),
+        ("prior_scale", 0),
+        ("prior_scale", float("nan")),
+        ("init_scale", -1.0),
+        ("lora_alpha", 0),
+        ("use_dora", True),
+        ("lora_bias", True),
+    ],
+)
+def test_options_out_of_range(option, value):
+    with pytest.raises(ConfigError, match="rank" if option == "r" else option):
+        VDUConfig(target_modules=["0"], **{option: value})
+
+
+def test_inject_adapter_in_model():
+    expected = tiny()(images())
+    model = inject_adapter_in_model(VDUConfig(target_modules=["0", "3"]), tiny())
+    assert [name for name, _ in adapter.variational_layers(model)] == ["0", "3"]
+    assert torch.equal(model(images()), expected)
+
+
+@pytest.fixture(scope="module")
+def conditional_unet():
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ).eval()
+
+
+def unconditional_unet():
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+
+
+def test_diffusers_add_adapter(conditional_unet):
+    x = torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), torch.randn(2, 5, 8)
+    with torch.no_grad():
+        expected = conditional_unet(*x).sample
+        config = VDUConfig.for_model(conditional_unet)
+        conditional_unet.add_adapter(config)
+        assert torch.equal(conditional_unet(*x).sample, expected)
+        with adapter.posterior_sample(conditional_unet):
+            assert not torch.equal(conditional_unet(*x).sample, expected)
+        conditional_unet.disable_adapters()
+        with adapter.local_reparameterization(conditional_unet):
+            assert torch.equal(conditional_unet(*x).sample, expected)
+    names = [name for name, _ in adapter.variational_layers(conditional_unet)]
+    attentions = [n for n, m in conditional_unet.named_modules() if n.endswith((".attn1", ".attn2"))]
+    assert set(names) == {f"{a}.{p}" for a in attentions for p in ("to_q", "to_k", "to_v", "to_out.0")}
+    assert attentions
+
+
+@pytest.mark.parametrize("r", [4, 16])
+def test_for_model_targets_every_layer_of_an_unconditional_unet(r):
+    """All that have at least r inputs: the first convolution has 1 x 3 x 3."""
+    model = unconditional_unet()
+    expected = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and module.weight[0].numel() >= r
+    }
+    assert ("conv_in" in expected) == (r == 4)
+    peft_model = adapter.attach(model, VDUConfig.for_model(model, r=r))
+    assert {name for name, _ in adapter.variational_layers(peft_model.get_base_model())} == expected
+    assert adapter.total_kl(peft_model).isfinite()
+
+
+def test_for_model_targets_nothing_else():
+    """A target's name also ends the name of layers that LoRA cannot adapt."""
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3)
+            self.dilated = nn.ModuleDict({"conv": nn.Conv2d(4, 4, 3, dilation=2)})
+            self.block = nn.ModuleDict({"conv": nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(6, 6, 3, groups=3))})
+
+    model = Network()
+    peft_model = adapter.attach(model, VDUConfig.for_model(model))
+    assert {n for n, _ in adapter.variational_layers(peft_model.get_base_model())} == {"conv", "block.conv.0"}
+
+
+def test_for_model_without_a_layer_to_adapt():
+    model = nn.Sequential(nn.SiLU())
+    with pytest.raises(ConfigError, match="target_modules"):
+        adapter.attach(model, VDUConfig.for_model(model))
+
+
+def test_for_model_leaves_given_targets_alone():
+    assert VDUConfig.for_model(tiny(), target_modules=["3"]).target_modules == {"3"}
+
+
+def test_config_json_is_json():
+    config = VDUConfig(target_modules=["3", "0"], prior_scale=0.2)
+    stored = json.loads(adapter.config_json(config))
+    assert stored["target_modules"] == ["0", "3"]
+    assert stored["prior_scale"] == 0.2

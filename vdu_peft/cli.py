@@ -1,0 +1,305 @@
+"""``vdu-peft``: unlearn | sample | merge | inspect | demo. Parse, compose, print."""
+
+import argparse
+import dataclasses
+import json
+import logging
+import shutil
+import sys
+import typing
+from pathlib import Path
+
+import yaml
+from datasets.exceptions import DatasetsError
+
+from vdu_peft.adapter import AdapterError, adapter_scale, describe, load_adapter
+from vdu_peft.config import ConfigError, UnlearnConfig, VDUConfig
+from vdu_peft.data import DataError, ImageSource
+from vdu_peft.demo import peak_memory_mib, run_demo
+from vdu_peft.denoiser import Denoiser, ModelError
+from vdu_peft.evaluation import labelled_grids
+from vdu_peft.export import merge
+from vdu_peft.trainer import UnlearnError, unlearn
+
+# The adapter's options, by the names that diffusers' LoRA scripts use.
+ADAPTER_OPTIONS = {"rank": "r", "lora_alpha": "lora_alpha", "prior_scale": "prior_scale", "init_scale": "init_scale"}
+BAD_INPUT = (AdapterError, ConfigError, DataError, ModelError, DatasetsError)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns 0, 1 for a run that failed (nothing learned, collapsed), 2 for bad input."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        args = _parse(argv)
+        return args.run(args)
+    except BAD_INPUT as error:
+        print(f"vdu-peft: error: {error}", file=sys.stderr)
+        return 2
+    except UnlearnError as error:
+        print(f"vdu-peft: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="vdu-peft", description="Remove a class from a diffusion model.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(name, run, summary, example):
+        sub = commands.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(run=run)
+        sub.add_argument("--config", type=Path, help="YAML or JSON file of options; the command line wins over it")
+        return sub
+
+    sub = command(
+        "unlearn",
+        _unlearn,
+        "Learn an adapter that forgets a folder of images.",
+        "vdu-peft unlearn --model google/ddpm-cifar10-32 --forget_data bad_pictures/ --output_dir out",
+    )
+    _model_argument(sub)
+    sub.add_argument("--forget_data", required=True, help="folder of images, .npz file, or hub dataset id")
+    sub.add_argument("--output_dir", type=Path, required=True)
+    sub.add_argument("--dataset_split", default="train", help="split of a hub dataset")
+    sub.add_argument("--image_column", help="image column of a hub dataset, or array name in an .npz")
+    sub.add_argument("--label_column", help="label column of a hub dataset, or array name in an .npz")
+    sub.add_argument("--forget_label", nargs="+", default=[], help="keep only images with one of these labels")
+    sub.add_argument("--max_forget_images", type=int, help="use at most this many, evenly spread")
+    sub.add_argument("--target_modules", nargs="+", help="modules to adapt; the default suits the model")
+    sub.add_argument("--resume_from_checkpoint", choices=("latest",), help="go on from output_dir/checkpoint")
+    sub.add_argument("--overwrite", action="store_true", help="write into an output_dir that is not empty")
+    sub.add_argument("--dry_run", action="store_true", help="check model, images and options, then stop")
+    _run_arguments(sub)
+
+    sub = command(
+        "sample",
+        _sample,
+        "Draw a grid with the adapter off, on, or at any scale.",
+        "vdu-peft sample --model base --adapter out/adapter --scale 0 0.5 1 --output_file grid.png",
+    )
+    _model_argument(sub)
+    sub.add_argument("--adapter", type=Path, help="folder of a saved adapter; the base alone when left out")
+    sub.add_argument("--scale", type=float, nargs="+", default=[0.0, 1.0], help="one grid for each; 0 is off, 1 is on")
+    sub.add_argument("--num_images", type=int, default=64)
+    sub.add_argument("--num_inference_steps", type=int, default=25)
+    sub.add_argument("--output_file", type=Path, default=Path("samples.png"))
+    sub.add_argument("--seed", type=int, default=0)
+
+    sub = command(
+        "merge",
+        _merge,
+        "Write a complete pipeline with the posterior mean merged in; it loads without this package.",
+        "vdu-peft merge --model base --adapter out/adapter --output_dir merged",
+    )
+    _model_argument(sub)
+    sub.add_argument("--adapter", type=Path, required=True)
+    sub.add_argument("--output_dir", type=Path, required=True)
+    sub.add_argument("--overwrite", action="store_true", help="replace an existing output_dir")
+
+    sub = command(
+        "inspect",
+        _inspect,
+        "Show an adapter's config, sizes, per-layer delta norms and signal-to-noise.",
+        "vdu-peft inspect --model base --adapter out/adapter",
+    )
+    _model_argument(sub)
+    sub.add_argument("--adapter", type=Path, required=True)
+
+    sub = command(
+        "demo",
+        _demo,
+        "Forget one digit of the MNIST model that ships with the package.",
+        "vdu-peft demo --forget-digit 1 --output_dir demo",
+    )
+    sub.add_argument("--forget-digit", type=int, default=1, choices=range(10))
+    sub.add_argument("--num-samples", type=int, default=300, help="samples before and after, for the report")
+    sub.add_argument("--output_dir", type=Path, default=Path("demo"))
+    sub.add_argument("--overwrite", action="store_true", help="replace an existing output_dir")
+    _run_arguments(sub)
+
+    return _with_config_file(parser, argv)
+
+
+def _with_config_file(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Options of ``--config FILE`` go in front of the command line's own, which therefore win."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", type=Path)
+    file = finder.parse_known_args(argv)[0].config
+    if file is None:
+        return parser.parse_args(argv)
+    try:
+        options = yaml.safe_load(file.read_text())  # JSON is YAML
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file}: not a readable YAML or JSON file ({str(error).splitlines()[0]})") from error
+    if not isinstance(options, dict):
+        raise ConfigError(f"{file}: expected option: value pairs")
+    given = []
+    for name, value in options.items():
+        if value is True:
+            given.append(f"--{name}")
+        elif value is not False and value is not None:
+            given += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return parser.parse_args(argv[:1] + given + argv[1:])
+
+
+def _model_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--pretrained_model_name_or_path",
+        "--model",
+        dest="model",
+        required=True,
+        help="pipeline folder, UNet folder or hub id",
+    )
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    """One option for every field of UnlearnConfig, and the adapter's."""
+    group = parser.add_argument_group("unlearning")
+    for field in dataclasses.fields(UnlearnConfig):
+        kind, default = field.type, field.default
+        if kind is bool:
+            group.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, default=default)
+        elif typing.get_origin(kind) is typing.Literal:
+            group.add_argument(f"--{field.name}", choices=typing.get_args(kind), default=default)
+        else:
+            kind = kind if isinstance(kind, type) else str
+            group.add_argument(f"--{field.name}", type=kind, default=default, help=f"default {default}")
+    group = parser.add_argument_group("adapter")
+    for option, name in ADAPTER_OPTIONS.items():
+        default = VDUConfig.__dataclass_fields__[name].default
+        group.add_argument(f"--{option}", type=type(default), default=default, help=f"default {default}")
+    group.add_argument("--variational", action=argparse.BooleanOptionalAction, default=True)
+
+
+def _run_config(args: argparse.Namespace) -> tuple[UnlearnConfig, dict]:
+    config = UnlearnConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(UnlearnConfig)})
+    adapter = {name: getattr(args, option) for option, name in ADAPTER_OPTIONS.items()}
+    adapter["variational"] = args.variational
+    VDUConfig(target_modules=["any"], **adapter)  # its checks, before anything is loaded
+    return config, adapter
+
+
+def _new_folder(folder: Path, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder}: exists and is not a folder; choose another output_dir")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise ConfigError(f"{folder}: exists and is not empty; choose another output_dir or pass --overwrite")
+
+
+def _unlearn(args: argparse.Namespace) -> int:
+    config, adapter_options = _run_config(args)
+    if not args.resume_from_checkpoint:
+        _new_folder(args.output_dir, args.overwrite)
+    source = ImageSource(
+        args.forget_data,
+        split=args.dataset_split,
+        image_column=args.image_column,
+        label_column=args.label_column,
+        labels=tuple(args.forget_label),
+        max_images=args.max_forget_images,
+    )
+    denoiser = Denoiser.from_pretrained(args.model)
+    forget = source.load(denoiser.image_size, denoiser.channels)
+    adapter = VDUConfig.for_model(denoiser.model, target_modules=args.target_modules, **adapter_options)
+    size = " x ".join(map(str, forget.shape[1:]))
+    print(f"{len(forget)} forget images of {size}; {args.model}")
+    if args.dry_run:
+        print("dry run: model, images and options are fine")
+        return 0
+    result = unlearn(
+        denoiser, forget, config, adapter, output_dir=args.output_dir, resume=bool(args.resume_from_checkpoint)
+    )
+    return _outcome(result, args.output_dir)
+
+
+def _outcome(result, output_dir: Path) -> int:
+    last = result.history[-1]
+    print(
+        f"{result.status} after {len(result.history)} steps; {result.trained_parameters:,} parameters trained; "
+        f"forget ratio {last['forget_ratio']:.2f}, stability {last['stability']:.3f}; adapter in {output_dir / 'adapter'}"
+    )
+    if result.failed:
+        mend = {
+            "nothing learned": "raise max_train_steps or learning_rate, and check that target_modules covers the model",
+            "collapsed": "use plasticity hinge, a larger stability_weight, or a smaller learning_rate or init_scale",
+        }[result.status]
+        print(f"vdu-peft: error: {result.status}: {mend}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _sample(args: argparse.Namespace) -> int:
+    if args.num_images < 1:
+        raise ConfigError(f"num_images must be at least 1, not {args.num_images}")
+    denoiser = Denoiser.from_pretrained(args.model)
+    options = {"seed": args.seed, "num_inference_steps": args.num_inference_steps}
+    if args.adapter is None:
+        panels = {"base": denoiser.sample(args.num_images, progress="base", **options)}
+    else:
+        denoiser.model = load_adapter(denoiser.model, args.adapter).get_base_model()
+        panels = {}
+        for scale in args.scale:
+            title = "adapter off" if scale == 0 else f"scale {scale:g}"
+            with adapter_scale(denoiser.model, scale):
+                panels[title] = denoiser.sample(args.num_images, progress=title, **options)
+    args.output_file.parent.mkdir(parents=True, exist_ok=True)
+    labelled_grids(panels, columns=8, scale=2 if denoiser.image_size[0] <= 64 else 1).save(args.output_file)
+    print(f"wrote {args.output_file}")
+    return 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    _new_folder(args.output_dir, args.overwrite)
+    merge(args.model, args.adapter, args.output_dir)
+    print(f"wrote {args.output_dir}: load it with diffusers.DDPMPipeline.from_pretrained")
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    denoiser = Denoiser.from_pretrained(args.model)
+    model_parameters = sum(p.numel() for p in denoiser.model.parameters())
+    peft_model = load_adapter(denoiser.model, args.adapter)
+    config = peft_model.peft_config["default"]
+    rows = describe(peft_model)
+    shown = {k: getattr(config, k) for k in ("r", "lora_alpha", "prior_scale", "init_scale", "variational")}
+    total = sum(row["parameters"] for row in rows)
+    print(json.dumps(shown))
+    print(f"{total:,} adapter parameters, {100 * total / model_parameters:.1f} % of the model's {model_parameters:,}")
+    print(f"{'layer':<52}{'rank':>5}{'params':>9}{'|dW|/|W|':>10}{'SNR':>10}{'KL (nats)':>12}")
+    for row in rows:
+        snr = "-" if row["signal_to_noise"] is None else f"{row['signal_to_noise']:.3g}"
+        print(
+            f"{row['layer']:<52}{row['rank']:>5}{row['parameters']:>9}{row['delta_norm']:>10.4f}{snr:>10}{row['kl']:>12.1f}"
+        )
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    config, adapter_options = _run_config(args)
+    if args.num_samples < 100:
+        raise ConfigError(f"num-samples must be at least 100 for a u-FID on 64 features, not {args.num_samples}")
+    _new_folder(args.output_dir, args.overwrite)
+    if args.output_dir.exists():
+        shutil.rmtree(args.output_dir)
+    result, report = run_demo(args.forget_digit, args.output_dir, config, adapter_options, args.num_samples)
+    code = _outcome(result, args.output_dir)
+    print(f"share of {report.forget_class}: {report.share_before:.1%} -> {report.share_after:.1%}, PUL {report.pul:.1f} %")
+    print(
+        f"u-FID (judge features): {report.u_fid_before:.1f} -> {report.u_fid_after:.1f} "
+        f"(base against all digits {report.fid_before:.1f})"
+    )
+    print("digit   " + "".join(f"{d:>7}" for d in range(10)))
+    for title, shares in (("before", report.histogram_before), ("after", report.histogram_after)):
+        print(f"{title:<8}" + "".join(f"{share:>7.1%}" for share in shares))
+    written = json.loads((args.output_dir / "report.json").read_text())
+    print(
+        f"{written['total_seconds']:.0f} s ({written['unlearning_seconds']:.0f} s unlearning), "
+        f"peak memory {peak_memory_mib():.0f} MiB; look at {args.output_dir / 'grid.png'}"
+    )
+    return code

@@ -1,0 +1,108 @@
+"""Samples → judge → figures → Report, and the pictures a person would rather look at."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from vdu_peft.judge import Judge
+from vdu_peft.metrics import class_shares, frechet_distance, pul
+
+
+@dataclass(frozen=True)
+class Report:
+    """How much of a class is gone, and what it cost.
+
+    Attributes:
+        pul: percentage of unlearning, by the judge.
+        u_fid_before, u_fid_after: of the samples against real images without the forget class, judge features.
+        fid_before: of the base model's samples against real images of all classes.
+        histogram_before, histogram_after: share of every class.
+    """
+
+    forget_class: int
+    num_samples: int
+    share_before: float
+    share_after: float
+    pul: float
+    fid_before: float
+    u_fid_before: float
+    u_fid_after: float
+    histogram_before: list[float]
+    histogram_after: list[float]
+
+    def save(self, file: Path, **context) -> None:
+        """Write the figures as JSON with whatever tells how they came about."""
+        file.write_text(json.dumps({**asdict(self), **context}, indent=2, default=str) + "\n")
+
+
+def evaluate(
+    before: torch.Tensor,
+    after: torch.Tensor,
+    judge: Judge,
+    forget_class: int,
+    reference: torch.Tensor,
+    reference_labels: torch.Tensor,
+) -> Report:
+    """Judge samples of the base and of the unlearned model, (N, C, H, W) in [-1, 1], against real images."""
+    features_before, labels_before = judge.judge(before)
+    features_after, labels_after = judge.judge(after)
+    real, _ = judge.judge(reference)
+    retained = real[reference_labels != forget_class]
+    num_classes = judge.head.out_features
+    shares_before, shares_after = class_shares(labels_before, num_classes), class_shares(labels_after, num_classes)
+    share_before, share_after = shares_before[forget_class].item(), shares_after[forget_class].item()
+    return Report(
+        forget_class=forget_class,
+        num_samples=len(after),
+        share_before=share_before,
+        share_after=share_after,
+        pul=pul(share_before, share_after),
+        fid_before=frechet_distance(features_before, real),
+        u_fid_before=frechet_distance(features_before, retained),
+        u_fid_after=frechet_distance(features_after, retained),
+        histogram_before=shares_before.tolist(),
+        histogram_after=shares_after.tolist(),
+    )
+
+
+def image_grid(images: torch.Tensor, columns: int = 10, scale: int = 1) -> Image.Image:
+    """Images (N, C, H, W) in [-1, 1] side by side, each pixel ``scale`` pixels wide."""
+    array = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(1, -1).numpy()
+    count, height, width, channels = array.shape
+    rows = -(-count // columns)
+    canvas = np.full((rows * columns, height, width, channels), 255, dtype=np.uint8)
+    canvas[:count] = array
+    canvas = canvas.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
+    canvas = canvas.reshape(rows * height, columns * width, channels)
+    image = Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas)
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
+def labelled_grids(panels: dict[str, torch.Tensor], columns: int = 10, scale: int = 1) -> Image.Image:
+    """One grid per panel, side by side under its title; the same place is the same starting noise."""
+    grids = {title: image_grid(images, columns, scale).convert("RGB") for title, images in panels.items()}
+    margin, header = 12, 24
+    height = max(grid.height for grid in grids.values()) + header
+    sheet = Image.new("RGB", (sum(grid.width + margin for grid in grids.values()) - margin, height), "white")
+    draw, left = ImageDraw.Draw(sheet), 0
+    for title, grid in grids.items():
+        draw.text((left + 2, 5), title, fill="black", font_size=14)
+        sheet.paste(grid, (left, header))
+        left += grid.width + margin
+    return sheet
+
+
+def loss_plot(history: list[dict[str, float]], file: Path) -> None:
+    """Every term of the loss over the steps, one panel each."""
+    from matplotlib.figure import Figure
+
+    names = ["plasticity", "stability", "forget_ratio", "kl"]
+    figure = Figure(figsize=(12, 3), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names)), names, strict=True):
+        axes.plot(range(1, len(history) + 1), [record[name] for record in history])
+        axes.set(title="KL (nats)" if name == "kl" else name.replace("_", " "), xlabel="step")
+    figure.savefig(file, dpi=100)
