@@ -89,7 +89,9 @@ def main(argv=None) -> None:
         mixed_precision=args.mixed_precision,
         project_config=ProjectConfiguration(args.output_dir, automatic_checkpoint_naming=True, total_limit=2),
     )
-    source = ImageSource(args.train_data, image_column=args.image_column, label_column=args.label_column, labels=tuple(args.labels))
+    source = ImageSource(
+        args.train_data, image_column=args.image_column, label_column=args.label_column, labels=tuple(args.labels)
+    )
     images = source.load((args.resolution, args.resolution), args.channels)
     loader = DataLoader(
         ImageDataset(images, args.random_flip), batch_size=args.train_batch_size, shuffle=True, drop_last=True

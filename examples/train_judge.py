@@ -21,7 +21,9 @@ from vdu_peft.judge import Judge
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train_data", required=True, help=".npz with train_images, train_labels, test_images, test_labels")
+    parser.add_argument(
+        "--train_data", required=True, help=".npz with train_images, train_labels, test_images, test_labels"
+    )
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--num_train_epochs", type=int, default=6)
     parser.add_argument("--train_batch_size", type=int, default=128)

@@ -222,7 +222,8 @@ def _outcome(result, output_dir: Path) -> int:
     last = result.history[-1]
     print(
         f"{result.status} after {len(result.history)} steps; {result.trained_parameters:,} parameters trained; "
-        f"forget ratio {last['forget_ratio']:.2f}, stability {last['stability']:.3f}; adapter in {output_dir / 'adapter'}"
+        f"forget ratio {last['forget_ratio']:.2f}, stability {last['stability']:.3f}; "
+        f"adapter in {output_dir / 'adapter'}"
     )
     if result.failed:
         mend = {
@@ -289,7 +290,9 @@ def _demo(args: argparse.Namespace) -> int:
         shutil.rmtree(args.output_dir)
     result, report = run_demo(args.forget_digit, args.output_dir, config, adapter_options, args.num_samples)
     code = _outcome(result, args.output_dir)
-    print(f"share of {report.forget_class}: {report.share_before:.1%} -> {report.share_after:.1%}, PUL {report.pul:.1f} %")
+    print(
+        f"share of {report.forget_class}: {report.share_before:.1%} -> {report.share_after:.1%}, PUL {report.pul:.1f} %"
+    )
     print(
         f"u-FID (judge features): {report.u_fid_before:.1f} -> {report.u_fid_after:.1f} "
         f"(base against all digits {report.fid_before:.1f})"

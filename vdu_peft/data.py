@@ -82,7 +82,9 @@ class ImageSource:
             arrays = np.load(file, allow_pickle=False)
             images = arrays[self._npz_key(arrays, self.image_column, "image_column", file)]
         except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-            raise error if isinstance(error, DataError) else DataError(f"{file}: not a readable .npz ({error})") from error
+            raise (
+                error if isinstance(error, DataError) else DataError(f"{file}: not a readable .npz ({error})")
+            ) from error
         if images.ndim not in (3, 4):
             raise DataError(f"{file}: expected images [N, H, W] or [N, H, W, C], found shape {list(images.shape)}")
         if not self.labels:
@@ -115,7 +117,9 @@ class ImageSource:
             ) from error
         except ValueError as error:  # unknown split, ambiguous config: datasets' own words say which
             raise DataError(f"{self.path}: {error}") from error
-        column = self.image_column or next((n for n, f in dataset.features.items() if isinstance(f, ImageFeature)), None)
+        column = self.image_column or next(
+            (n for n, f in dataset.features.items() if isinstance(f, ImageFeature)), None
+        )
         if column not in dataset.column_names:
             raise DataError(f"{self.path}: no image column {column!r}; columns are {', '.join(dataset.column_names)}")
         if self.labels:

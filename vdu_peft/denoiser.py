@@ -74,7 +74,9 @@ class Denoiser:
                 unet_folder, torch_dtype=torch_dtype, use_safetensors=True, low_cpu_mem_usage=False
             )
         except (OSError, ValueError, RuntimeError) as error:
-            raise ModelError(f"{unet_folder}: cannot be loaded as a UNet2DModel ({str(error).splitlines()[0]})") from error
+            raise ModelError(
+                f"{unet_folder}: cannot be loaded as a UNet2DModel ({str(error).splitlines()[0]})"
+            ) from error
         scheduler = DDPMScheduler.from_pretrained(scheduler_folder) if scheduler_folder else DDPMScheduler()
         return cls(unet.eval(), scheduler)
 
@@ -135,7 +137,9 @@ class Denoiser:
         """
         noise = torch.stack(
             [
-                torch.randn(self.channels, *self.image_size, generator=torch.Generator().manual_seed(seed * 1_000_003 + i))
+                torch.randn(
+                    self.channels, *self.image_size, generator=torch.Generator().manual_seed(seed * 1_000_003 + i)
+                )
                 for i in range(num_images)
             ]
         )
@@ -183,7 +187,9 @@ class Denoiser:
                     steps = torch.full((len(batch),), t, device=self.device)
                     x_t = self.add_noise(batch, noise.expand_as(batch), steps.cpu()).to(self.device)
                     prediction = self.noise_pred(x_t, steps)
-                    pooled = captured.pop() if mid_block else nn.functional.adaptive_avg_pool2d(prediction, 4).flatten(1)
+                    pooled = (
+                        captured.pop() if mid_block else nn.functional.adaptive_avg_pool2d(prediction, 4).flatten(1)
+                    )
                     columns.append(pooled.float().cpu())
                 rows.append(torch.cat(columns, dim=1))
         finally:
@@ -211,7 +217,9 @@ def as_denoiser(model: Denoiser | DiffusionPipeline | str | Path) -> Denoiser:
 
 def _check_folder(folder: Path) -> tuple[Path, Path | None]:
     """(unet folder, scheduler folder or None) of a local model, checked before anything heavy."""
-    unet_folder, scheduler_folder = (folder / "unet", folder / "scheduler") if (folder / "unet").is_dir() else (folder, None)
+    unet_folder, scheduler_folder = (
+        (folder / "unet", folder / "scheduler") if (folder / "unet").is_dir() else (folder, None)
+    )
     if not (unet_folder / "config.json").is_file():
         raise ModelError(f"{folder}: no config.json; expected a diffusers pipeline or UNet2DModel folder")
     try:
@@ -222,7 +230,11 @@ def _check_folder(folder: Path) -> tuple[Path, Path | None]:
         raise ModelError(f"{folder}: holds a {kind}; only UNet2DModel is supported so far")
     if not list(unet_folder.glob("*.safetensors")):
         pickles = sorted(f.name for f in unet_folder.iterdir() if f.suffix in (".bin", ".ckpt", ".pt", ".pth"))
-        found = f"only {', '.join(pickles)}, and pickle is never read; convert it to safetensors" if pickles else "no weights"
+        found = (
+            f"only {', '.join(pickles)}, and pickle is never read; convert it to safetensors"
+            if pickles
+            else "no weights"
+        )
         raise ModelError(f"{unet_folder}: no .safetensors file there, {found}")
     if scheduler_folder and not (scheduler_folder / "scheduler_config.json").is_file():
         scheduler_folder = None

@@ -7,8 +7,12 @@ import torch.nn.functional as F
 
 from vdu_peft.denoiser import Denoiser
 
-# Where the mid block tells kinds of images apart: little noise, but not so little that all look alike.
-FEATURE_TIMESTEPS = (10, 100, 250)  # of 1000
+# Where the mid block tells kinds of images apart: with less noise it sees real against generated instead.
+FEATURE_TIMESTEPS = (100, 300, 500)  # of 1000
+# Ridge penalty of the forget-likeness regression. With a weak one and a few dozen forget images it learns real
+# against generated, and generated images of the concept pass: at 0.01 it catches 10 to 32 % of them, at 1 it
+# catches 67 to 89 % (demo model, digits 1, 4, 7 and 8, 100 forget images, 256 samples).
+RIDGE = 1.0
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def forget_scores(forget: torch.Tensor, samples: torch.Tensor) -> tuple[torch.Te
         optimizer.zero_grad()
         logits = features @ weight + bias
         loss = F.binary_cross_entropy_with_logits(logits, labels, weight=row_weight, reduction="sum")
-        loss = loss + 0.5 * 1e-2 * weight.square().sum()
+        loss = loss + 0.5 * RIDGE * weight.square().sum()
         loss.backward()
         return loss
 

@@ -10,12 +10,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from peft import PeftModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from vdu_peft import objective
-from vdu_peft.adapter import AdapterError, atomic_folder, attach, local_reparameterization, save_adapter, total_kl
+from vdu_peft.adapter import AdapterError, attach, local_reparameterization, save_adapter, total_kl
 from vdu_peft.config import UnlearnConfig, VDUConfig
 from vdu_peft.data import ImageDataset, check_images
 from vdu_peft.denoiser import Denoiser, as_denoiser
@@ -23,6 +23,7 @@ from vdu_peft.replay import generate_replay
 
 logger = logging.getLogger(__name__)
 
+CHECKPOINT_NAME = "checkpoint.safetensors"
 # Steps over which the noisy per-batch terms are averaged before anything is decided from them.
 WINDOW = 20
 # The forget target holds when the mean hinge is below this: the average image is within 5 % of c.
@@ -151,7 +152,8 @@ def unlearn(
         if not torch.isfinite(torch.tensor(list(record.values()))).all():
             kept = _save(peft_model, output_dir, history, accelerator)
             raise UnlearnError(
-                f"step {step + 1}: the loss is not finite ({record}); {kept}. Lower learning_rate, or use mixed_precision no"
+                f"step {step + 1}: the loss is not finite ({record}); {kept}. "
+                "Lower learning_rate, or use mixed_precision no"
             )
         if accelerator.sync_gradients:
             accelerator.clip_grad_norm_(parameters.values(), config.max_grad_norm)
@@ -232,9 +234,7 @@ def _stop(history: list[dict[str, float]], config: UnlearnConfig) -> bool:
         return False
     if _recent(history, "stability") > COLLAPSE:
         return True
-    return (
-        config.early_stopping and config.plasticity == "hinge" and _recent(history, "plasticity") < TARGET_TOLERANCE
-    )
+    return config.early_stopping and config.plasticity == "hinge" and _recent(history, "plasticity") < TARGET_TOLERANCE
 
 
 def run_status(history: list[dict[str, float]], config: UnlearnConfig) -> str:
@@ -259,14 +259,19 @@ def _save(peft_model: PeftModel, output_dir: Path | None, history, accelerator: 
 
 
 def _save_checkpoint(output_dir: Path, parameters, optimizer, history, config, accelerator) -> None:
-    """``checkpoint/``: parameters and Adam's moments in one safetensors file, history and config in its header."""
+    """Parameters and Adam's moments in one safetensors file, history and config in its header.
+
+    One file, replaced by one rename: a kill at any moment leaves the earlier checkpoint loadable.
+    """
     if accelerator.is_main_process:
         tensors = {f"parameter.{name}": p.detach().cpu().contiguous() for name, p in parameters.items()}
         for name, state in zip(parameters, _optimizer_state(optimizer, parameters), strict=True):
             tensors |= {f"{key}.{name}": value.cpu().contiguous() for key, value in state.items()}
-        with atomic_folder(output_dir / "checkpoint") as fresh:
-            metadata = {"history": json.dumps(history), "config": json.dumps(asdict(config))}
-            save_file(tensors, fresh / "state.safetensors", metadata=metadata)
+        metadata = {"history": json.dumps(history), "config": json.dumps(asdict(config))}
+        output_dir.mkdir(parents=True, exist_ok=True)
+        fresh = output_dir / f".{CHECKPOINT_NAME}.tmp"
+        save_file(tensors, fresh, metadata=metadata)
+        fresh.replace(output_dir / CHECKPOINT_NAME)
     accelerator.wait_for_everyone()
 
 
@@ -279,15 +284,21 @@ _RESUMABLE = ("max_train_steps", "checkpointing_steps", "report_to", "early_stop
 
 
 def _load_checkpoint(output_dir: Path | None, parameters, optimizer, config: UnlearnConfig) -> list[dict[str, float]]:
-    file = output_dir / "checkpoint" / "state.safetensors" if output_dir else None
+    file = output_dir / CHECKPOINT_NAME if output_dir else None
     if file is None or not file.is_file():
         raise AdapterError(f"{output_dir}: no checkpoint to resume from; run without resume, with checkpointing_steps")
-    with safe_open(file, framework="pt") as stored:
+    try:
+        stored = safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise AdapterError(f"{file}: not a readable checkpoint ({error}); start again in a new output_dir") from error
+    with stored:
         metadata = stored.metadata()
         old, new = json.loads(metadata["config"]), asdict(config)
         for name in sorted(old.keys() - set(_RESUMABLE)):
             if old[name] != new[name]:
-                raise AdapterError(f"{file}: was written with {name}={old[name]}, not {new[name]}; resume with the same")
+                raise AdapterError(
+                    f"{file}: was written with {name}={old[name]}, not {new[name]}; resume with the same"
+                )
         names = {key.removeprefix("parameter.") for key in stored.keys() if key.startswith("parameter.")}  # noqa: SIM118
         if names != set(parameters):
             raise AdapterError(f"{file}: a checkpoint of another model or adapter; start again in a new output_dir")

@@ -1,0 +1,57 @@
+"""Imports run down only, and the rooms keep out of each other's business."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import vdu_peft
+
+ROOT = Path(vdu_peft.__file__).parent
+ALLOWED = {
+    "version": set(),
+    "posterior": set(),
+    "objective": set(),
+    "metrics": set(),
+    "data": set(),
+    "judge": set(),
+    "denoiser": set(),
+    "layer": {"posterior"},
+    "config": {"layer"},
+    "adapter": {"config", "layer", "posterior"},
+    "replay": {"denoiser"},
+    "trainer": {"adapter", "config", "data", "denoiser", "objective", "replay"},
+    "evaluation": {"judge", "metrics"},
+    "export": {"adapter", "denoiser"},
+    "demo": {"config", "data", "denoiser", "evaluation", "judge", "trainer", "version"},
+    "cli": {"adapter", "config", "data", "demo", "denoiser", "evaluation", "export", "trainer"},
+}
+
+
+def imported(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("vdu_peft.")}
+    return found
+
+
+@pytest.mark.parametrize("module", sorted(f.stem for f in ROOT.glob("*.py") if not f.stem.startswith("__")))
+def test_imports_run_down(module):
+    assert imported(ROOT / f"{module}.py") <= ALLOWED[module]
+
+
+def test_only_layer_subclasses_peft_layers():
+    users = [f.stem for f in ROOT.glob("*.py") if "LoraVariant" in f.read_text()]
+    assert users == ["layer"]
+
+
+def test_nothing_reads_or_writes_pickle():
+    for file in ROOT.glob("*.py"):
+        text = file.read_text()
+        assert "torch.load(" not in text and "torch.save(" not in text and "import pickle" not in text, file

@@ -1,0 +1,153 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from diffusers import DDIMPipeline, DDPMPipeline
+from PIL import Image
+
+from vdu_peft.cli import main
+from vdu_peft.denoiser import Denoiser
+
+FAST = ["--max_train_steps=3", "--train_batch_size=4", "--replay_size=8", "--replay_inference_steps=2"]
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(8):
+        image = Image.new("L", (16, 16), 0)
+        image.paste(255, (4, 4, 12, 12 - i % 3))
+        image.save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def unlearn_command(pipeline_folder, pictures, tmp_path):
+    return [
+        "unlearn",
+        f"--model={pipeline_folder}",
+        f"--forget_data={pictures}",
+        f"--output_dir={tmp_path / 'out'}",
+        *FAST,
+        "--learning_rate=0.02",
+    ]
+
+
+def test_from_a_folder_of_pictures_to_a_merged_pipeline(pipeline_folder, unlearn_command, tmp_path, capsys):
+    main(unlearn_command)
+    assert "after 3 steps" in capsys.readouterr().out
+    model_and_adapter = [f"--model={pipeline_folder}", f"--adapter={tmp_path / 'out' / 'adapter'}"]
+    grid = tmp_path / "grid.png"
+    sample = ["sample", *model_and_adapter, "--num_images=4", "--num_inference_steps=2", f"--output_file={grid}"]
+    assert main([*sample, "--scale", "0", "0.5", "1"]) == 0
+    assert Image.open(grid).width > 3 * 8 * 8
+    assert main(["inspect", *model_and_adapter]) == 0
+    shown = capsys.readouterr().out
+    assert "down_blocks.0.resnets.0.conv1" in shown and '"prior_scale": 0.1' in shown
+
+    merged = tmp_path / "merged"
+    assert main(["merge", *model_and_adapter, f"--output_dir={merged}"]) == 0
+    stock = DDPMPipeline.from_pretrained(merged)  # no layer of ours in it
+    assert type(stock.unet.conv_in) is torch.nn.Conv2d
+    from vdu_peft import load_adapter
+
+    denoiser = Denoiser.from_pretrained(pipeline_folder)
+    load_adapter(denoiser.model, tmp_path / "out" / "adapter")
+    ours = denoiser.sample(2, seed=3, num_inference_steps=4)
+    generators = [torch.Generator().manual_seed(3 * 1_000_003 + i) for i in range(2)]
+    pipeline = DDIMPipeline(stock.unet, stock.scheduler)
+    theirs = pipeline(batch_size=2, generator=generators, num_inference_steps=4, output_type="np").images
+    # W + BA added once against two products per forward: float32 rounding over four sampler steps.
+    torch.testing.assert_close((ours + 1) / 2, torch.from_numpy(theirs).movedim(-1, 1), atol=1e-4, rtol=0)
+
+
+def test_options_from_a_file_and_the_command_line_wins(unlearn_command, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({"max_train_steps": 9, "rank": 2, "variational": True}))
+    main([*unlearn_command, f"--config={file}"])
+    assert "after 3 steps" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())["r"] == 2
+
+
+def test_dry_run_writes_nothing(unlearn_command, tmp_path, capsys):
+    assert main([*unlearn_command, "--dry_run"]) == 0
+    assert "dry run" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
+def test_tensorboard_gets_every_term(unlearn_command, tmp_path):
+    main([*unlearn_command, "--report_to=tensorboard"])
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "out" / "unlearn"))
+    events.Reload()
+    assert {"loss", "plasticity", "stability", "kl", "forget_ratio"} <= set(events.Tags()["scalars"])
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ("--rank=0", "rank must be at least 1"),
+        ("--target_modules=nothing_like_it", "target_modules"),
+        ("--forget_target=1", "forget_target must be greater than 1"),
+        ("--model=/nowhere", "/nowhere: no such folder"),
+        ("--forget_data=/nowhere", "/nowhere: no such folder"),
+        ("--resume_from_checkpoint=latest", "no checkpoint to resume from"),
+        ("--config=/nowhere.yaml", "/nowhere.yaml: not a readable"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(unlearn_command, capsys, option, message):
+    assert main([*unlearn_command, option]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("vdu-peft: error:") and message in error
+
+
+def test_an_output_dir_that_is_not_empty_is_refused(unlearn_command, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("mine")
+    assert main(unlearn_command) == 2
+    assert "choose another output_dir or pass --overwrite" in capsys.readouterr().err
+
+
+def test_nothing_learned_is_exit_code_1(unlearn_command, capsys):
+    assert main([*unlearn_command, "--learning_rate=1e-9", "--init_scale=1e-6"]) == 1
+    assert "nothing learned: raise max_train_steps" in capsys.readouterr().err
+
+
+def test_a_killed_run_resumes(unlearn_command, tmp_path, capsys):
+    checkpoint = tmp_path / "out" / "checkpoint.safetensors"
+    command = [*unlearn_command, "--max_train_steps=4000", "--no-early_stopping", "--checkpointing_steps=1"]
+    process = subprocess.Popen([sys.executable, "-m", "vdu_peft", *command], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    resume = [*unlearn_command, "--max_train_steps=1", "--checkpointing_steps=1", "--resume_from_checkpoint=latest"]
+    assert main(resume) in (0, 1)
+    assert "error: " not in capsys.readouterr().err or checkpoint.exists()
+
+
+@pytest.mark.parametrize("command", ["unlearn", "sample", "merge", "inspect", "demo"])
+def test_help_has_an_example(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0 and f"example:\n  vdu-peft {command}" in capsys.readouterr().out
+
+
+def test_demo_runs_whole(tmp_path, capsys):
+    """Two steps and 100 samples: that every part of the demo works, not that the digit is gone."""
+    out = tmp_path / "demo"
+    main(["demo", f"--output_dir={out}", "--num-samples=100", "--max_train_steps=2", "--replay_size=32"])
+    report = json.loads((out / "report.json").read_text())
+    assert report["num_samples"] == 100 and sum(report["histogram_after"]) == pytest.approx(1)
+    assert report["trained_parameters"] <= 0.1 * report["model_parameters"]
+    assert report["adapter_bytes"] <= 1.5e6
+    assert all((out / name).is_file() for name in ("grid.png", "loss.png", "history.json"))
+    assert "u-FID (judge features)" in capsys.readouterr().out

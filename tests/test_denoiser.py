@@ -1,0 +1,96 @@
+import shutil
+
+import pytest
+import torch
+from conftest import tiny_unet
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
+from torch import nn
+
+from vdu_peft.denoiser import Denoiser, ModelError, as_denoiser
+from vdu_peft.replay import forget_scores
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_noise_pred_recovers_the_noise_from_a_perfect_model(prediction_type):
+    torch.manual_seed(0)
+    clean, noise = torch.randn(2, 4, 1, 8, 8)
+    scheduler = DDPMScheduler(prediction_type=prediction_type)
+    timesteps = torch.tensor([20, 300, 600, 900])
+    target = {"epsilon": noise, "v_prediction": scheduler.get_velocity(clean, noise, timesteps), "sample": clean}
+
+    class Perfect(nn.Module):
+        def forward(self, x_t, t):
+            return target[prediction_type]
+
+    denoiser = Denoiser(Perfect(), scheduler, image_size=(8, 8), channels=1)
+    x_t = denoiser.add_noise(clean, noise, timesteps)
+    # Dividing by the noise level at t = 20 amplifies float32's rounding tenfold.
+    torch.testing.assert_close(denoiser.noise_pred(x_t, timesteps), noise, atol=1e-5, rtol=1e-5)
+
+
+def test_sampling_equals_diffusers_own_pipeline_and_does_not_hang_on_the_batch_size(unet):
+    denoiser = Denoiser(unet, DDPMScheduler())
+    images = denoiser.sample(3, seed=5, num_inference_steps=4, batch_size=2)
+    torch.testing.assert_close(denoiser.sample(3, seed=5, num_inference_steps=4, batch_size=3), images)
+    generators = [torch.Generator().manual_seed(5 * 1_000_003 + i) for i in range(3)]
+    pipeline = DDIMPipeline(unet, DDIMScheduler.from_config(DDPMScheduler().config))
+    pipeline.set_progress_bar_config(disable=True)
+    stock = pipeline(batch_size=3, generator=generators, num_inference_steps=4, output_type="np").images
+    torch.testing.assert_close((images + 1) / 2, torch.from_numpy(stock).movedim(-1, 1), atol=1e-5, rtol=0)
+
+
+def test_class_labels_reach_a_conditional_unet():
+    denoiser = Denoiser(tiny_unet(num_class_embeds=3), DDPMScheduler())
+    x_t, t = torch.randn(2, 1, 8, 8), torch.tensor([10, 10])
+    first, second = (denoiser.noise_pred(x_t, t, class_labels=torch.full((2,), c)) for c in (0, 1))
+    assert denoiser.num_classes == 3 and not torch.equal(first, second)
+
+
+def test_learned_variance_is_left_alone():
+    class Twice(nn.Module):
+        def forward(self, x_t, t):
+            return torch.cat([x_t, 0 * x_t], dim=1)
+
+    denoiser = Denoiser(Twice(), DDPMScheduler(), image_size=(8, 8), channels=1)
+    x_t = torch.randn(2, 1, 8, 8)
+    assert torch.equal(denoiser.noise_pred(x_t, torch.tensor([1, 2])), x_t)
+
+
+def test_from_pretrained_reads_pipeline_and_bare_unet_alike(pipeline_folder):
+    pipeline, bare = Denoiser.from_pretrained(pipeline_folder), Denoiser.from_pretrained(pipeline_folder / "unet")
+    x_t, t = torch.randn(2, 1, 8, 8), torch.tensor([10, 900])
+    assert torch.equal(pipeline.noise_pred(x_t, t), bare.noise_pred(x_t, t))
+    stock = DDPMPipeline.from_pretrained(pipeline_folder)
+    assert torch.equal(as_denoiser(stock).noise_pred(x_t, t), stock.unet(x_t, t).sample)
+
+
+def test_bad_models_are_named(pipeline_folder, tmp_path):
+    with pytest.raises(ModelError, match="no such folder"):
+        Denoiser.from_pretrained(tmp_path / "nowhere")
+    weights = next((pipeline_folder / "unet").glob("*.safetensors"))
+    pickled = tmp_path / "pickled"
+    shutil.copytree(pipeline_folder, pickled)
+    (pickled / "unet" / weights.name).rename(pickled / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(ModelError, match="pickle is never read"):
+        Denoiser.from_pretrained(pickled)
+    weights.unlink()
+    with pytest.raises(ModelError, match="no weights"):
+        Denoiser.from_pretrained(pipeline_folder)
+    (pipeline_folder / "unet" / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    with pytest.raises(ModelError, match="UNet2DConditionModel; only UNet2DModel"):
+        Denoiser.from_pretrained(pipeline_folder)
+    with pytest.raises(ModelError, match="pass image_size and channels"):
+        Denoiser(nn.Identity(), DDPMScheduler())
+    with pytest.raises(ModelError, match="prediction_type 'flow'"):
+        Denoiser(nn.Identity(), DDPMScheduler(prediction_type="flow"), (8, 8), 1)
+
+
+def test_forget_scores_find_the_forget_concept_among_samples():
+    torch.manual_seed(0)
+    concept = torch.zeros(20).index_fill(0, torch.tensor([0, 1]), 4.0)
+    forget = concept + torch.randn(50, 20)
+    samples = torch.randn(200, 20)
+    samples[:20] += concept
+    forget_score, sample_score = forget_scores(forget, samples)
+    dropped = sample_score >= torch.quantile(forget_score, 0.05)
+    assert dropped[:20].float().mean() >= 0.8 and dropped[20:].float().mean() <= 0.05

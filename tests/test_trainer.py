@@ -1,0 +1,175 @@
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from safetensors.torch import load_file
+from torch import nn
+
+from vdu_peft import UnlearnConfig, VDUConfig, unlearn
+from vdu_peft.adapter import AdapterError
+from vdu_peft.data import DataError
+from vdu_peft.denoiser import Denoiser
+from vdu_peft.trainer import UnlearnError, run_status
+
+FAST = UnlearnConfig(max_train_steps=6, train_batch_size=4, replay_size=8, replay_inference_steps=2)
+
+
+def weights(folder):
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def assert_same(first, second, **tolerance):
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], **(tolerance or {"atol": 0, "rtol": 0}))
+
+
+def test_only_the_adapter_changes_and_eight_images_are_enough(pipeline_folder, forget, tmp_path):
+    before = Denoiser.from_pretrained(pipeline_folder).model.state_dict()
+    result = unlearn(pipeline_folder, forget, FAST, output_dir=tmp_path / "out")
+    assert len(result.history) == 6 and result.num_replay >= 2
+    after = {name.replace(".base_layer", ""): p for name, p in result.model.get_base_model().state_dict().items()}
+    for name, value in before.items():
+        assert torch.equal(after[name], value), name
+    assert set(result.history[0]) == {"loss", "plasticity", "stability", "kl", "forget_ratio"}
+    assert (tmp_path / "out" / "adapter" / "adapter_config.json").is_file()
+    assert json.loads((tmp_path / "out" / "history.json").read_text()) == result.history
+
+
+def test_first_step_is_the_stated_objective(pipeline_folder, forget):
+    """At a fresh deterministic adapter the model is the teacher: hinge 1 − 1/c, stability 0, ratio 1, KL 0."""
+    denoiser = Denoiser.from_pretrained(pipeline_folder)
+    adapter = VDUConfig.for_model(denoiser.model, variational=False)
+    first = unlearn(denoiser, forget, replace(FAST, max_train_steps=1), adapter).history[0]
+    assert first["plasticity"] == pytest.approx(2 / 3, rel=1e-6) and first["forget_ratio"] == pytest.approx(1)
+    assert first["stability"] == 0 and first["kl"] == 0 and first["loss"] == pytest.approx(2 / 3, rel=1e-6)
+
+
+@pytest.mark.parametrize("plasticity", ["hinge", "elbo"])
+def test_the_forget_loss_rises(pipeline_folder, forget, plasticity):
+    config = replace(FAST, plasticity=plasticity, max_train_steps=60, learning_rate=5e-3, stability_weight=0.1)
+    history = unlearn(pipeline_folder, forget, config).history
+    assert sum(h["forget_ratio"] for h in history[-10:]) > 1.2 * sum(h["forget_ratio"] for h in history[:10])
+
+
+def test_resume_gives_the_same_result(pipeline_folder, forget, tmp_path):
+    config = replace(FAST, checkpointing_steps=3, random_flip=True)
+    unlearn(pipeline_folder, forget, config, output_dir=tmp_path / "whole")
+    unlearn(pipeline_folder, forget, replace(config, max_train_steps=4), output_dir=tmp_path / "cut")
+    unlearn(pipeline_folder, forget, config, output_dir=tmp_path / "cut", resume=True)
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert (tmp_path / "whole" / "history.json").read_text() == (tmp_path / "cut" / "history.json").read_text()
+
+
+def test_resume_refuses_what_does_not_fit(pipeline_folder, forget, tmp_path):
+    config = replace(FAST, checkpointing_steps=3)
+    with pytest.raises(AdapterError, match="no checkpoint to resume from"):
+        unlearn(pipeline_folder, forget, config, output_dir=tmp_path / "out", resume=True)
+    unlearn(pipeline_folder, forget, config, output_dir=tmp_path / "out")
+    with pytest.raises(AdapterError, match="learning_rate=0.00"):
+        unlearn(pipeline_folder, forget, replace(config, learning_rate=1.0), output_dir=tmp_path / "out", resume=True)
+    denoiser = Denoiser.from_pretrained(pipeline_folder)
+    with pytest.raises(AdapterError, match="checkpoint of another model"):
+        adapter = VDUConfig.for_model(denoiser.model, r=2)
+        unlearn(denoiser, forget, config, adapter, output_dir=tmp_path / "out", resume=True)
+    file = tmp_path / "out" / "checkpoint.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(AdapterError, match="not a readable checkpoint"):
+        unlearn(pipeline_folder, forget, config, output_dir=tmp_path / "out", resume=True)
+
+
+def test_gradient_accumulation_averages(pipeline_folder, forget):
+    """Two accumulated batches at a fresh deterministic adapter: the terms are means, not sums."""
+    denoiser = Denoiser.from_pretrained(pipeline_folder)
+    adapter = VDUConfig.for_model(denoiser.model, variational=False)
+    config = replace(FAST, max_train_steps=1, gradient_accumulation_steps=2)
+    assert unlearn(denoiser, forget, config, adapter).history[0]["plasticity"] == pytest.approx(2 / 3, rel=1e-6)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(pipeline_folder, forget, tmp_path):
+    for name in (False, True):
+        denoiser = Denoiser.from_pretrained(pipeline_folder)
+        adapter = VDUConfig.for_model(denoiser.model, variational=False)
+        config = replace(FAST, gradient_checkpointing=name)
+        unlearn(denoiser, forget, config, adapter, output_dir=tmp_path / str(name))
+    assert_same(weights(tmp_path / "False"), weights(tmp_path / "True"), atol=1e-6, rtol=1e-5)
+
+
+def test_bf16_autocast_trains_float32_parameters(pipeline_folder, forget):
+    result = unlearn(pipeline_folder, forget, replace(FAST, mixed_precision="bf16"))
+    trained = [p for p in result.model.parameters() if p.requires_grad]
+    assert trained and all(p.dtype == torch.float32 for p in trained)
+
+
+def test_non_finite_loss_keeps_the_last_good_adapter(pipeline_folder, forget, tmp_path):
+    """The third step's forward meets an infinite weight, as an overflow would make."""
+    denoiser = Denoiser.from_pretrained(pipeline_folder)
+
+    def poison(step, terms):
+        if step == 2:
+            denoiser.model.conv_out.get_base_layer().bias.data.fill_(float("inf"))
+
+    with pytest.raises(UnlearnError, match="step 3: the loss is not finite.*last good step is in"):
+        unlearn(denoiser, forget, FAST, output_dir=tmp_path / "out", callback=poison)
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "out").values())
+    assert len(json.loads((tmp_path / "out" / "history.json").read_text())) == 2
+
+
+def test_silent_failures_are_reported(pipeline_folder, forget):
+    idle = unlearn(pipeline_folder, forget, replace(FAST, learning_rate=1e-9))
+    assert idle.status == "nothing learned" and idle.failed
+    config = replace(FAST, plasticity="elbo", learning_rate=0.3, stability_weight=0, max_train_steps=200)
+    wrecked = unlearn(pipeline_folder, forget, config)
+    assert wrecked.status == "collapsed" and wrecked.failed and len(wrecked.history) < 200
+
+
+@pytest.mark.parametrize("ratio, status", [(1.0, "nothing learned"), (1.5, "partly forgotten"), (2.5, "forgotten")])
+def test_status(ratio, status):
+    history = [{"forget_ratio": ratio, "stability": 0.1}] * 30
+    assert run_status(history, UnlearnConfig()) == status
+    assert run_status([*history, *[{"forget_ratio": ratio, "stability": 2.0}] * 20], UnlearnConfig()) == "collapsed"
+
+
+def test_a_users_own_module(forget):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.outer = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 1, 3, padding=1)
+
+        def forward(self, x_t, t):
+            return self.outer(torch.tanh(self.inner(x_t)))
+
+    torch.manual_seed(0)
+    denoiser = Denoiser(Own(), DDPMScheduler(), image_size=(8, 8), channels=1)
+    assert len(unlearn(denoiser, forget, FAST, VDUConfig.for_model(denoiser.model, r=2)).history) == 6
+
+
+def test_bad_forget_images_are_refused_first(pipeline_folder, forget):
+    forget[3, 0, 0, 0] = float("nan")
+    with pytest.raises(DataError, match="NaN"):
+        unlearn(pipeline_folder, forget, FAST)
+    with pytest.raises(DataError, match="expects 1 x 8 x 8"):
+        unlearn(pipeline_folder, torch.zeros(8, 3, 8, 8), FAST)
+
+
+def test_two_processes_equal_one(pipeline_folder, forget, tmp_path):
+    """accelerate launch on two CPU processes of batch 2 against one of batch 4, deterministic adapter.
+
+    The gradient is a mean of two halves in another order of additions, hence not bit for bit.
+    """
+    import numpy as np
+
+    np.savez(tmp_path / "forget.npz", images=forget.movedim(1, -1).numpy())
+    common = ["-m", "vdu_peft", "unlearn", f"--model={pipeline_folder}", f"--forget_data={tmp_path / 'forget.npz'}"]
+    common += ["--no-variational", "--max_train_steps=3", "--replay_size=8", "--replay_inference_steps=2"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines=1", "--mixed_precision=no"]
+    for processes, batch in ((1, 4), (2, 2)):
+        command = [*launch, f"--num_processes={processes}", "--dynamo_backend=no", "--main_process_port=0"]
+        command += common + [f"--train_batch_size={batch}", f"--output_dir={tmp_path / str(processes)}"]
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert "after 3 steps" in run.stdout, run.stderr
+    assert_same(weights(tmp_path / "1"), weights(tmp_path / "2"), atol=1e-5, rtol=1e-3)
