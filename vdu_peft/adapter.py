@@ -99,21 +99,19 @@ def adapter_scale(model: nn.Module, scale: float) -> Iterator[None]:
     """Inside, every active adapter's delta is multiplied by ``scale``; 0 is the base model, bit for bit."""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     before = [(layer.disable_adapters, dict(layer.scaling)) for layer in layers]
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for layer in layers:
         if scale == 0:
-            layer.enable_adapters(False)
+            # Not enable_adapters(False): that also flips requires_grad, which drops the gradient hooks of
+            # DistributedDataParallel, and processes would go on without each other's gradients.
+            layer._disable_adapters = True
         else:
             layer.scale_layer(scale)
     try:
         yield
     finally:
         for layer, (disabled, scaling) in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled
             layer.scaling.update(scaling)  # unscale_layer divides, which rounds
-            if scale == 0:
-                layer.enable_adapters(not disabled)
-        for parameter, requires_grad in trainable:  # enable_adapters sets it
-            parameter.requires_grad_(requires_grad)
 
 
 def save_adapter(peft_model: PeftModel, folder: str | Path) -> None:

@@ -221,7 +221,8 @@ def _unlearn(args: argparse.Namespace) -> int:
 def _outcome(result, output_dir: Path) -> int:
     last = result.history[-1]
     print(
-        f"{result.status} after {len(result.history)} steps; {result.trained_parameters:,} parameters trained; "
+        f"{result.status} after {len(result.history)} steps; {result.trained_parameters:,} parameters trained, "
+        f"{result.num_replay} replay images; "
         f"forget ratio {last['forget_ratio']:.2f}, stability {last['stability']:.3f}; "
         f"adapter in {output_dir / 'adapter'}"
     )

@@ -46,7 +46,7 @@ class VDUConfig(LoraConfig):
     r: int = field(default=4, metadata={"help": "Rank of the adapter."})
     lora_alpha: float = field(default=4, metadata={"help": "s = lora_alpha / r scales the delta."})
     prior_scale: float = field(default=0.1, metadata={"help": "Prior std of the delta, relative to RMS(W)."})
-    init_scale: float = field(default=0.03, metadata={"help": "Initial posterior std, relative to RMS(W)."})
+    init_scale: float = field(default=0.05, metadata={"help": "Initial posterior std, relative to RMS(W)."})
     variational: bool = field(default=True, metadata={"help": "False gives the deterministic twin."})
 
     def __post_init__(self):
@@ -148,8 +148,8 @@ class UnlearnConfig:
     stability_weight: float = 3.0
     kl_weight: float = 0.05
     train_batch_size: int = 32
-    max_train_steps: int = 120
-    learning_rate: float = 1e-3
+    max_train_steps: int = 100
+    learning_rate: float = 3e-3
     gradient_accumulation_steps: int = 1
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from vdu_peft import objective
-from vdu_peft.adapter import AdapterError, attach, local_reparameterization, save_adapter, total_kl
+from vdu_peft.adapter import AdapterError, adapter_scale, attach, local_reparameterization, save_adapter, total_kl
 from vdu_peft.config import UnlearnConfig, VDUConfig
 from vdu_peft.data import ImageDataset, check_images
 from vdu_peft.denoiser import Denoiser, as_denoiser
@@ -94,6 +95,9 @@ def unlearn(
     denoiser = as_denoiser(model)
     forget = check_images(forget, denoiser.image_size, denoiser.channels, "forget images")
     output_dir = Path(output_dir) if output_dir is not None else None
+    # accelerate keeps one precision per process and refuses another: a second run may well want one.
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
+        AcceleratorState._reset_state()
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         log_with=config.report_to,
@@ -107,7 +111,7 @@ def unlearn(
     set_seed(config.seed)
     peft_model = attach(denoiser.model, adapter or VDUConfig.for_model(denoiser.model))
     if replay is None:
-        with peft_model.disable_adapter():
+        with adapter_scale(denoiser.model, 0):
             replay = generate_replay(
                 denoiser,
                 forget,
@@ -138,7 +142,7 @@ def unlearn(
         terms: dict[str, torch.Tensor] = {}
         for _ in range(config.gradient_accumulation_steps):
             batch = _draw_batch(denoiser, forget_set, replay, config.train_batch_size, accelerator)
-            batch_terms = _terms(denoiser, network, peft_model, batch, config, accelerator)
+            batch_terms = _terms(denoiser, network, batch, config, accelerator)
             kl = total_kl(denoiser.model)
             loss = (
                 batch_terms["plasticity"]
@@ -202,12 +206,12 @@ def _draw_indices(size: int, count: int) -> list[int]:
     return torch.cat([torch.randperm(size) for _ in range(rounds)])[:count].tolist()
 
 
-def _terms(denoiser, network, peft_model, batch, config: UnlearnConfig, accelerator) -> dict[str, torch.Tensor]:
+def _terms(denoiser, network, batch, config: UnlearnConfig, accelerator) -> dict[str, torch.Tensor]:
     images, noise, timesteps = batch
     half = len(images) // 2
     x_t = denoiser.add_noise(images, noise, timesteps)
     with accelerator.autocast():
-        with torch.no_grad(), peft_model.disable_adapter():  # the teacher: the same module, adapter off
+        with torch.no_grad(), adapter_scale(denoiser.model, 0):  # the teacher: the same module, adapter off
             base_noise_pred = denoiser.noise_pred(x_t, timesteps)
         with local_reparameterization(denoiser.model):
             noise_pred = denoiser.noise_pred(x_t, timesteps, model=network)
