@@ -7,12 +7,21 @@ noisy forward that :func:`vdu_peft.adapter.local_reparameterization` switches on
 
 import math
 
+import peft
 import torch
+from packaging.specifiers import SpecifierSet
 from peft.tuners.lora import layer as lora
 from peft.tuners.lora.layer import LoraVariant
 from torch import nn
 
 from vdu_peft import posterior
+
+# The hooks used here are PEFT's, but experimental: another minor may move them without an error.
+PEFT_VERSIONS = ">=0.21,<0.22"
+if peft.__version__ not in SpecifierSet(PEFT_VERSIONS, prereleases=True):
+    raise ImportError(
+        f"vdu_peft needs peft{PEFT_VERSIONS}, found {peft.__version__}: pip install 'peft{PEFT_VERSIONS}'"
+    )
 
 
 class GaussianVariant(LoraVariant):
