@@ -1,6 +1,5 @@
 """The adapter as a whole: attaching, sampling, scaling, and what is on disk when all goes well or not."""
 
-import json
 import os
 import signal
 import subprocess
@@ -441,10 +440,3 @@ def test_for_model_without_a_layer_to_adapt():
 
 def test_for_model_leaves_given_targets_alone():
     assert VDUConfig.for_model(tiny(), target_modules=["3"]).target_modules == {"3"}
-
-
-def test_config_json_is_json():
-    config = VDUConfig(target_modules=["3", "0"], prior_scale=0.2)
-    stored = json.loads(adapter.config_json(config))
-    assert stored["target_modules"] == ["0", "3"]
-    assert stored["prior_scale"] == 0.2

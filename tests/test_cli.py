@@ -99,6 +99,9 @@ def test_tensorboard_gets_every_term(unlearn_command, tmp_path):
         ("--model=/nowhere", "/nowhere: no such folder"),
         ("--forget_data=/nowhere", "/nowhere: no such folder"),
         ("--resume_from_checkpoint=latest", "no checkpoint to resume from"),
+        ("--seed=-1", "seed must lie in"),
+        ("--max_forget_images=0", "max_images must be at least 1"),
+        ("--replay_inference_steps=2000", "inference steps must lie in 1 to 1000"),
         ("--config=/nowhere.yaml", "/nowhere.yaml: not a readable"),
     ],
 )

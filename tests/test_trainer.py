@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_unet
 from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 from torch import nn
@@ -14,7 +15,7 @@ from torch import nn
 from vdu_peft import UnlearnConfig, VDUConfig, unlearn
 from vdu_peft.adapter import AdapterError
 from vdu_peft.data import DataError
-from vdu_peft.denoiser import Denoiser
+from vdu_peft.denoiser import Denoiser, ModelError
 from vdu_peft.trainer import UnlearnError, run_status
 
 FAST = UnlearnConfig(max_train_steps=6, train_batch_size=4, replay_size=8, replay_inference_steps=2)
@@ -75,9 +76,11 @@ def test_resume_refuses_what_does_not_fit(pipeline_folder, forget, tmp_path):
     with pytest.raises(AdapterError, match="learning_rate=0.00"):
         unlearn(pipeline_folder, forget, replace(config, learning_rate=1.0), output_dir=tmp_path / "out", resume=True)
     denoiser = Denoiser.from_pretrained(pipeline_folder)
-    with pytest.raises(AdapterError, match="checkpoint of another model"):
+    with pytest.raises(AdapterError, match="written with r=4, not 2"):
         adapter = VDUConfig.for_model(denoiser.model, r=2)
         unlearn(denoiser, forget, config, adapter, output_dir=tmp_path / "out", resume=True)
+    with pytest.raises(AdapterError, match="written with forget_images"):
+        unlearn(pipeline_folder, -forget, config, output_dir=tmp_path / "out", resume=True)
     file = tmp_path / "out" / "checkpoint.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(AdapterError, match="not a readable checkpoint"):
@@ -92,10 +95,11 @@ def test_gradient_accumulation_averages(pipeline_folder, forget):
     assert unlearn(denoiser, forget, config, adapter).history[0]["plasticity"] == pytest.approx(2 / 3, rel=1e-6)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(pipeline_folder, forget, tmp_path):
+@pytest.mark.parametrize("variational", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(pipeline_folder, forget, tmp_path, variational):
     for name in (False, True):
         denoiser = Denoiser.from_pretrained(pipeline_folder)
-        adapter = VDUConfig.for_model(denoiser.model, variational=False)
+        adapter = VDUConfig.for_model(denoiser.model, variational=variational)
         config = replace(FAST, gradient_checkpointing=name)
         unlearn(denoiser, forget, config, adapter, output_dir=tmp_path / str(name))
     assert_same(weights(tmp_path / "False"), weights(tmp_path / "True"), atol=1e-6, rtol=1e-5)
@@ -115,7 +119,7 @@ def test_non_finite_loss_keeps_the_last_good_adapter(pipeline_folder, forget, tm
         if step == 2:
             denoiser.model.conv_out.get_base_layer().bias.data.fill_(float("inf"))
 
-    with pytest.raises(UnlearnError, match="step 3: the loss is not finite.*last good step is in"):
+    with pytest.raises(UnlearnError, match="step 3: the loss or its gradient is not finite.*last good step is in"):
         unlearn(denoiser, forget, FAST, output_dir=tmp_path / "out", callback=poison)
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "out").values())
     assert len(json.loads((tmp_path / "out" / "history.json").read_text())) == 2
@@ -156,6 +160,12 @@ def test_bad_forget_images_are_refused_first(pipeline_folder, forget):
         unlearn(pipeline_folder, forget, FAST)
     with pytest.raises(DataError, match="expects 1 x 8 x 8"):
         unlearn(pipeline_folder, torch.zeros(8, 3, 8, 8), FAST)
+
+
+def test_a_class_conditional_model_is_refused(forget):
+    denoiser = Denoiser(tiny_unet(num_class_embeds=3), DDPMScheduler())
+    with pytest.raises(ModelError, match="class-conditional"):
+        unlearn(denoiser, forget, FAST)
 
 
 def test_two_processes_equal_one(pipeline_folder, forget, tmp_path):

@@ -1,6 +1,5 @@
 """The adapter as a whole: attach it to a model, sum over its layers, switch its noise, save and load it."""
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -8,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
@@ -30,6 +29,8 @@ def attach(model: nn.Module, config: VDUConfig, adapter_name: str = "default") -
     Raises:
         ConfigError: ``target_modules`` matches nothing, or matches layers that can only become plain LoRA.
     """
+    if any(isinstance(module, LoraLayer) for module in model.modules()):
+        raise ConfigError("the model carries an adapter already; merge or unload it first")
     try:
         peft_model = get_peft_model(model, config, adapter_name=adapter_name)
     except ValueError as error:
@@ -201,8 +202,3 @@ def describe(peft_model: PeftModel, adapter_name: str = "default") -> list[dict]
         }
         for name, layer in variational_layers(peft_model.get_base_model(), adapter_name)
     ]
-
-
-def config_json(config: LoraConfig) -> str:
-    """The adapter's config as JSON, for reports."""
-    return json.dumps(config.to_dict(), default=lambda x: sorted(x) if isinstance(x, set) else str(x))

@@ -7,10 +7,12 @@ import logging
 import shutil
 import sys
 import typing
+from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
 from datasets.exceptions import DatasetsError
+from PIL import Image
 
 from vdu_peft.adapter import AdapterError, adapter_scale, describe, load_adapter
 from vdu_peft.config import ConfigError, UnlearnConfig, VDUConfig
@@ -23,7 +25,7 @@ from vdu_peft.trainer import UnlearnError, unlearn
 
 # The adapter's options, by the names that diffusers' LoRA scripts use.
 ADAPTER_OPTIONS = {"rank": "r", "lora_alpha": "lora_alpha", "prior_scale": "prior_scale", "init_scale": "init_scale"}
-BAD_INPUT = (AdapterError, ConfigError, DataError, ModelError, DatasetsError)
+BAD_INPUT = (AdapterError, ConfigError, DataError, ModelError, DatasetsError, OSError)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,7 +73,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     sub.add_argument("--forget_label", nargs="+", default=[], help="keep only images with one of these labels")
     sub.add_argument("--max_forget_images", type=int, help="use at most this many, evenly spread")
     sub.add_argument("--target_modules", nargs="+", help="modules to adapt; the default suits the model")
-    sub.add_argument("--resume_from_checkpoint", choices=("latest",), help="go on from output_dir/checkpoint")
+    sub.add_argument(
+        "--resume_from_checkpoint", choices=("latest",), help="go on from the last checkpoint in output_dir"
+    )
     sub.add_argument("--overwrite", action="store_true", help="write into an output_dir that is not empty")
     sub.add_argument("--dry_run", action="store_true", help="check model, images and options, then stop")
     _run_arguments(sub)
@@ -239,6 +243,8 @@ def _outcome(result, output_dir: Path) -> int:
 def _sample(args: argparse.Namespace) -> int:
     if args.num_images < 1:
         raise ConfigError(f"num_images must be at least 1, not {args.num_images}")
+    if args.output_file.suffix.lower() not in Image.registered_extensions():
+        raise ConfigError(f"{args.output_file}: not an image file name; end it in .png")
     denoiser = Denoiser.from_pretrained(args.model)
     options = {"seed": args.seed, "num_inference_steps": args.num_inference_steps}
     if args.adapter is None:
@@ -286,6 +292,9 @@ def _demo(args: argparse.Namespace) -> int:
     config, adapter_options = _run_config(args)
     if args.num_samples < 100:
         raise ConfigError(f"num-samples must be at least 100 for a u-FID on 64 features, not {args.num_samples}")
+    for library in ("matplotlib", "torchmetrics"):
+        if find_spec(library) is None:
+            raise ConfigError(f"the demo needs {library}: pip install 'vdu-peft[eval]'")
     _new_folder(args.output_dir, args.overwrite)
     if args.output_dir.exists():
         shutil.rmtree(args.output_dir)

@@ -187,5 +187,7 @@ class UnlearnConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed must lie in [0, 2**32), not {self.seed}")
         if not 0 <= self.replay_keep_quantile <= 1:
             raise ConfigError(f"replay_keep_quantile must lie in [0, 1], not {self.replay_keep_quantile}")

@@ -50,6 +50,8 @@ class ImageSource:
         Raises:
             DataError: the source is missing, empty, unreadable, or holds non-finite values.
         """
+        if self.max_images is not None and self.max_images < 1:
+            raise DataError(f"max_images must be at least 1, not {self.max_images}")
         path = Path(self.path)
         if path.is_dir():
             images = self._from_folder(path)
@@ -137,8 +139,7 @@ class ImageSource:
 class ImageDataset(Dataset):
     """A tensor of images as a map-style dataset, with an optional random horizontal flip.
 
-    The flip draws from torch's global generator, which accelerate saves and restores, so that a
-    resumed run sees the same batches.
+    The flip draws from torch's global generator, which the trainer seeds anew at every step.
     """
 
     def __init__(self, images: torch.Tensor, random_flip: bool = False):

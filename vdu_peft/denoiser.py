@@ -135,6 +135,8 @@ class Denoiser:
         Returns:
             float32 (num_images, C, H, W) on the CPU, in [-1, 1].
         """
+        if not 1 <= num_inference_steps <= self.num_train_timesteps:
+            raise ModelError(f"inference steps must lie in 1 to {self.num_train_timesteps}, not {num_inference_steps}")
         noise = torch.stack(
             [
                 torch.randn(

@@ -1,7 +1,5 @@
 """What to retain, without data: the pre-trained model's own samples, less those that look like the forget set."""
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 
@@ -15,14 +13,6 @@ FEATURE_TIMESTEPS = (100, 300, 500)  # of 1000
 RIDGE = 1.0
 
 
-@dataclass(frozen=True)
-class Replay:
-    """Self-generated images to retain: ``images`` (N, C, H, W) in [-1, 1], of ``num_generated`` drawn."""
-
-    images: torch.Tensor
-    num_generated: int
-
-
 def generate_replay(
     denoiser: Denoiser,
     forget: torch.Tensor,
@@ -32,7 +22,7 @@ def generate_replay(
     keep_quantile: float,
     seed: int,
     progress: bool = False,
-) -> Replay:
+) -> torch.Tensor:
     """Sample the model as it stands and drop what looks like the forget set.
 
     Args:
@@ -40,6 +30,9 @@ def generate_replay(
         num_images: how many to draw, before the filter.
         keep_quantile: drop samples whose forget score exceeds this quantile of the forget images' scores.
         seed: of the sampler and the features' noise.
+
+    Returns:
+        (M, C, H, W) in [-1, 1], M <= num_images.
     """
     # Another seed than evaluation would use: a report must not judge the very samples trained on.
     images = denoiser.sample(
@@ -57,7 +50,7 @@ def generate_replay(
     if keep.sum() < 2:
         # Nothing but the forget concept in the samples (or too few of them): the least alike half is the best there is.
         keep = sample_score <= sample_score.median()
-    return Replay(images[keep], num_images)
+    return images[keep]
 
 
 def forget_scores(forget: torch.Tensor, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

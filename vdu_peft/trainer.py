@@ -1,7 +1,7 @@
 """unlearn(): the loop that joins adapter, objective and replay, on accelerate."""
 
+import hashlib
 import json
-import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,12 +17,10 @@ from tqdm.auto import tqdm
 
 from vdu_peft import objective
 from vdu_peft.adapter import AdapterError, adapter_scale, attach, local_reparameterization, save_adapter, total_kl
-from vdu_peft.config import UnlearnConfig, VDUConfig
+from vdu_peft.config import ConfigError, UnlearnConfig, VDUConfig
 from vdu_peft.data import ImageDataset, check_images
-from vdu_peft.denoiser import Denoiser, as_denoiser
+from vdu_peft.denoiser import Denoiser, ModelError, as_denoiser
 from vdu_peft.replay import generate_replay
-
-logger = logging.getLogger(__name__)
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
 # Steps over which the noisy per-batch terms are averaged before anything is decided from them.
@@ -93,16 +91,21 @@ def unlearn(
     """
     config = config or UnlearnConfig()
     denoiser = as_denoiser(model)
+    if denoiser.num_classes:
+        raise ModelError("class-conditional models can be sampled, but unlearning them is not supported yet")
     forget = check_images(forget, denoiser.image_size, denoiser.channels, "forget images")
     output_dir = Path(output_dir) if output_dir is not None else None
     # accelerate keeps one precision per process and refuses another: a second run may well want one.
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
         AcceleratorState._reset_state()
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        log_with=config.report_to,
-        project_dir=output_dir,
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision, log_with=config.report_to, project_dir=output_dir
+        )
+    except ValueError as error:
+        raise ConfigError(f"mixed_precision {config.mixed_precision}, report_to {config.report_to}: {error}") from error
+    if output_dir is not None:
+        output_dir.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written fails now, not after training
     bar_off = not accelerator.is_local_main_process
     denoiser.model.to(accelerator.device).requires_grad_(False)
     if config.gradient_checkpointing and hasattr(denoiser.model, "enable_gradient_checkpointing"):
@@ -120,7 +123,7 @@ def unlearn(
                 keep_quantile=config.replay_keep_quantile,
                 seed=config.seed,
                 progress=not bar_off,
-            ).images
+            )
     else:
         replay = check_images(replay, denoiser.image_size, denoiser.channels, "replay images")
     parameters = {n: p for n, p in denoiser.model.named_parameters() if p.requires_grad}
@@ -128,9 +131,10 @@ def unlearn(
     network, optimizer = accelerator.prepare(denoiser.model, optimizer)
     forget_set = ImageDataset(forget, config.random_flip)
 
+    run_options = _run_options(config, peft_model, forget)
     history: list[dict[str, float]] = []
     if resume:
-        history = _load_checkpoint(output_dir, parameters, optimizer, config)
+        history = _load_checkpoint(output_dir, parameters, optimizer, run_options)
     if config.report_to and accelerator.is_main_process:
         accelerator.init_trackers("unlearn", config={k: v for k, v in asdict(config).items() if v is not None})
     progress = tqdm(total=config.max_train_steps, initial=len(history), desc="unlearn", disable=bar_off)
@@ -138,29 +142,32 @@ def unlearn(
     while len(history) < config.max_train_steps and not _stop(history, config):
         step = len(history)
         # Every step has its own seed, so that a resumed run draws what the uninterrupted one would have.
-        set_seed(config.seed * 1_000_003 + step)
+        set_seed((config.seed * 1_000_003 + step) % 2**32)
         terms: dict[str, torch.Tensor] = {}
         for _ in range(config.gradient_accumulation_steps):
             batch = _draw_batch(denoiser, forget_set, replay, config.train_batch_size, accelerator)
-            batch_terms = _terms(denoiser, network, batch, config, accelerator)
-            kl = total_kl(denoiser.model)
-            loss = (
-                batch_terms["plasticity"]
-                + config.stability_weight * batch_terms["stability"]
-                + config.kl_weight * kl / forget.numel()
-            )
-            accelerator.backward(loss / config.gradient_accumulation_steps)
+            # Around the backward too: gradient checkpointing runs the forward again in it.
+            with local_reparameterization(denoiser.model):
+                batch_terms = _terms(denoiser, network, batch, config, accelerator)
+                kl = total_kl(denoiser.model)
+                loss = (
+                    batch_terms["plasticity"]
+                    + config.stability_weight * batch_terms["stability"]
+                    + config.kl_weight * kl / forget.numel()
+                )
+                accelerator.backward(loss / config.gradient_accumulation_steps)
             for name, value in {"loss": loss, "kl": kl, **batch_terms}.items():
                 terms[name] = terms.get(name, 0) + value.detach() / config.gradient_accumulation_steps
         record = {name: accelerator.reduce(value, "mean").item() for name, value in terms.items()}
-        if not torch.isfinite(torch.tensor(list(record.values()))).all():
+        grad_norm = accelerator.clip_grad_norm_(parameters.values(), config.max_grad_norm)
+        # With a gradient scaler an infinite norm is ordinary: it skips the step and lowers the scale.
+        finite_gradient = accelerator.scaler is not None or torch.isfinite(torch.as_tensor(grad_norm)).item()
+        if not (finite_gradient and torch.isfinite(torch.tensor(list(record.values()))).all()):
             kept = _save(peft_model, output_dir, history, accelerator)
             raise UnlearnError(
-                f"step {step + 1}: the loss is not finite ({record}); {kept}. "
+                f"step {step + 1}: the loss or its gradient is not finite ({record}); {kept}. "
                 "Lower learning_rate, or use mixed_precision no"
             )
-        if accelerator.sync_gradients:
-            accelerator.clip_grad_norm_(parameters.values(), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         history.append(record)
@@ -171,8 +178,10 @@ def unlearn(
         if callback:
             callback(step + 1, record)
         if config.checkpointing_steps and len(history) % config.checkpointing_steps == 0 and output_dir:
-            _save_checkpoint(output_dir, parameters, optimizer, history, config, accelerator)
+            _save_checkpoint(output_dir, parameters, optimizer, history, run_options, accelerator)
     progress.close()
+    # Take accelerate's autocast off the caller's model again.
+    accelerator.unwrap_model(network, keep_fp32_wrapper=False)
     if config.report_to:
         accelerator.end_training()
 
@@ -213,8 +222,7 @@ def _terms(denoiser, network, batch, config: UnlearnConfig, accelerator) -> dict
     with accelerator.autocast():
         with torch.no_grad(), adapter_scale(denoiser.model, 0):  # the teacher: the same module, adapter off
             base_noise_pred = denoiser.noise_pred(x_t, timesteps)
-        with local_reparameterization(denoiser.model):
-            noise_pred = denoiser.noise_pred(x_t, timesteps, model=network)
+        noise_pred = denoiser.noise_pred(x_t, timesteps, model=network)
     loss = objective.denoising_loss(noise_pred[:half], noise[:half])
     base_loss = objective.denoising_loss(base_noise_pred[:half], noise[:half])
     if config.plasticity == "hinge":
@@ -262,7 +270,7 @@ def _save(peft_model: PeftModel, output_dir: Path | None, history, accelerator: 
     return f"the adapter of the last good step is in {output_dir / 'adapter'}"
 
 
-def _save_checkpoint(output_dir: Path, parameters, optimizer, history, config, accelerator) -> None:
+def _save_checkpoint(output_dir: Path, parameters, optimizer, history, run_options, accelerator) -> None:
     """Parameters and Adam's moments in one safetensors file, history and config in its header.
 
     One file, replaced by one rename: a kill at any moment leaves the earlier checkpoint loadable.
@@ -271,8 +279,7 @@ def _save_checkpoint(output_dir: Path, parameters, optimizer, history, config, a
         tensors = {f"parameter.{name}": p.detach().cpu().contiguous() for name, p in parameters.items()}
         for name, state in zip(parameters, _optimizer_state(optimizer, parameters), strict=True):
             tensors |= {f"{key}.{name}": value.cpu().contiguous() for key, value in state.items()}
-        metadata = {"history": json.dumps(history), "config": json.dumps(asdict(config))}
-        output_dir.mkdir(parents=True, exist_ok=True)
+        metadata = {"history": json.dumps(history), "run": json.dumps(run_options)}
         fresh = output_dir / f".{CHECKPOINT_NAME}.tmp"
         save_file(tensors, fresh, metadata=metadata)
         fresh.replace(output_dir / CHECKPOINT_NAME)
@@ -287,8 +294,19 @@ def _optimizer_state(optimizer, parameters) -> list[dict[str, torch.Tensor]]:
 _RESUMABLE = ("max_train_steps", "checkpointing_steps", "report_to", "early_stopping")
 
 
-def _load_checkpoint(output_dir: Path | None, parameters, optimizer, config: UnlearnConfig) -> list[dict[str, float]]:
+def _run_options(config: UnlearnConfig, peft_model: PeftModel, forget: torch.Tensor) -> dict:
+    """What must be the same for a resumed run to give the same result."""
+    adapter = peft_model.peft_config["default"]
+    names = ("r", "lora_alpha", "prior_scale", "init_scale", "variational")
+    options = {name: value for name, value in asdict(config).items() if name not in _RESUMABLE}
+    images = hashlib.sha256(forget.contiguous().numpy().tobytes()).hexdigest()[:16]
+    return {**options, **{name: getattr(adapter, name) for name in names}, "forget_images": images}
+
+
+def _load_checkpoint(output_dir: Path | None, parameters, optimizer, run_options: dict) -> list[dict[str, float]]:
     file = output_dir / CHECKPOINT_NAME if output_dir else None
+    if run_options["mixed_precision"] == "fp16":
+        raise AdapterError("resume: fp16's gradient scale is not kept in a checkpoint; use mixed_precision bf16 or no")
     if file is None or not file.is_file():
         raise AdapterError(f"{output_dir}: no checkpoint to resume from; run without resume, with checkpointing_steps")
     try:
@@ -296,13 +314,13 @@ def _load_checkpoint(output_dir: Path | None, parameters, optimizer, config: Unl
     except SafetensorError as error:
         raise AdapterError(f"{file}: not a readable checkpoint ({error}); start again in a new output_dir") from error
     with stored:
-        metadata = stored.metadata()
-        old, new = json.loads(metadata["config"]), asdict(config)
-        for name in sorted(old.keys() - set(_RESUMABLE)):
-            if old[name] != new[name]:
-                raise AdapterError(
-                    f"{file}: was written with {name}={old[name]}, not {new[name]}; resume with the same"
-                )
+        metadata = stored.metadata() or {}
+        if "run" not in metadata:
+            raise AdapterError(f"{file}: not a checkpoint of this package; start again in a new output_dir")
+        old = json.loads(metadata["run"])
+        for name, value in run_options.items():
+            if old.get(name) != value:
+                raise AdapterError(f"{file}: written with {name}={old.get(name)}, not {value}; resume with the same")
         names = {key.removeprefix("parameter.") for key in stored.keys() if key.startswith("parameter.")}  # noqa: SIM118
         if names != set(parameters):
             raise AdapterError(f"{file}: a checkpoint of another model or adapter; start again in a new output_dir")
