@@ -119,7 +119,7 @@ def test_an_output_dir_that_is_not_empty_is_refused(unlearn_command, tmp_path, c
 
 
 def test_nothing_learned_is_exit_code_1(unlearn_command, capsys):
-    assert main([*unlearn_command, "--learning_rate=1e-9", "--init_scale=1e-6"]) == 1
+    assert main([*unlearn_command, "--learning_rate=1e-9", "--train_batch_size=32"]) == 1
     assert "nothing learned: raise max_train_steps" in capsys.readouterr().err
 
 

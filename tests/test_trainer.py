@@ -126,7 +126,11 @@ def test_non_finite_loss_keeps_the_last_good_adapter(pipeline_folder, forget, tm
 
 
 def test_silent_failures_are_reported(pipeline_folder, forget):
-    idle = unlearn(pipeline_folder, forget, replace(FAST, learning_rate=1e-9))
+    # Enough posterior noise to raise the forget loss by itself: it must not pass for learning.
+    denoiser = Denoiser.from_pretrained(pipeline_folder)
+    noisy = VDUConfig.for_model(denoiser.model, init_scale=2.0)
+    idle = unlearn(denoiser, forget, replace(FAST, learning_rate=1e-9, max_train_steps=30, train_batch_size=32), noisy)
+    assert idle.history[0]["forget_ratio"] > 1.05
     assert idle.status == "nothing learned" and idle.failed
     config = replace(FAST, plasticity="elbo", learning_rate=0.3, stability_weight=0, max_train_steps=200)
     wrecked = unlearn(pipeline_folder, forget, config)
@@ -135,7 +139,8 @@ def test_silent_failures_are_reported(pipeline_folder, forget):
 
 @pytest.mark.parametrize("ratio, status", [(1.0, "nothing learned"), (1.5, "partly forgotten"), (2.5, "forgotten")])
 def test_status(ratio, status):
-    history = [{"forget_ratio": ratio, "stability": 0.1}] * 30
+    start = {"forget_ratio": 1.0, "stability": 0.1}
+    history = [start, *[{"forget_ratio": ratio, "stability": 0.1}] * 30]
     assert run_status(history, UnlearnConfig()) == status
     assert run_status([*history, *[{"forget_ratio": ratio, "stability": 2.0}] * 20], UnlearnConfig()) == "collapsed"
 

@@ -27,7 +27,8 @@ CHECKPOINT_NAME = "checkpoint.safetensors"
 WINDOW = 20
 # The forget target holds when the mean hinge is below this: the average image is within 5 % of c.
 TARGET_TOLERANCE = 0.05
-# Below this forget ratio the forget images are as likely as before: nothing was learned.
+# Below this multiple of the first step's forget ratio nothing was learned. The first step's, not 1: the fresh
+# posterior's noise alone raises the forget loss by several per cent.
 NOTHING_LEARNED = 1.05
 # Above this the model has moved, on what it should retain, by as much as its own error: it is destroyed.
 COLLAPSE = 1.0
@@ -254,7 +255,7 @@ def run_status(history: list[dict[str, float]], config: UnlearnConfig) -> str:
     if _recent(history, "stability") > COLLAPSE:
         return "collapsed"
     ratio = _recent(history, "forget_ratio")
-    if ratio < NOTHING_LEARNED:
+    if ratio < NOTHING_LEARNED * history[0]["forget_ratio"]:
         return "nothing learned"
     # Half of the way to the target: where samples of the concept have gone in practice.
     return "forgotten" if ratio >= (1 + config.forget_target) / 2 else "partly forgotten"
