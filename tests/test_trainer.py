@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import set_seed
 from conftest import tiny_unet
 from diffusers import DDPMScheduler
 from safetensors.torch import load_file
@@ -14,8 +15,10 @@ from torch import nn
 
 from vdu_peft import UnlearnConfig, VDUConfig, unlearn
 from vdu_peft.adapter import AdapterError
+from vdu_peft.config import ConfigError
 from vdu_peft.data import DataError
-from vdu_peft.denoiser import Denoiser, ModelError
+from vdu_peft.denoiser import Denoiser
+from vdu_peft.replay import generate_replay
 from vdu_peft.trainer import UnlearnError, run_status
 
 FAST = UnlearnConfig(max_train_steps=6, train_batch_size=4, replay_size=8, replay_inference_steps=2)
@@ -167,10 +170,85 @@ def test_bad_forget_images_are_refused_first(pipeline_folder, forget):
         unlearn(pipeline_folder, torch.zeros(8, 3, 8, 8), FAST)
 
 
-def test_a_class_conditional_model_is_refused(forget):
-    denoiser = Denoiser(tiny_unet(num_class_embeds=3), DDPMScheduler())
-    with pytest.raises(ModelError, match="class-conditional"):
-        unlearn(denoiser, forget, FAST)
+CONDITIONAL = replace(FAST, forget_class=1, null_class=3)
+
+
+def conditional_denoiser(num_classes=4):
+    return Denoiser(tiny_unet(num_class_embeds=num_classes), DDPMScheduler())
+
+
+def test_first_step_on_a_class_conditional_model_is_the_stated_objective(forget):
+    """Deterministic, anchored on the very teacher under class 2: computed by hand from the same draws."""
+    denoiser = conditional_denoiser()
+    replay, replay_labels = torch.zeros(4, 1, 8, 8), torch.tensor([0, 2, 0, 2])
+    config = replace(CONDITIONAL, null_class=None, anchor_class=2, max_train_steps=1, seed=0)
+    set_seed(0)  # what the trainer seeds its first step with
+    images = forget[torch.randperm(8)[:4]]
+    torch.randperm(4)
+    noise, timesteps = torch.randn(2, 4, 1, 8, 8)[0], torch.randint(1000, (2, 4))[0]
+    x_t = denoiser.add_noise(images, noise, timesteps)
+    with torch.no_grad():
+        under_forget, under_anchor = (denoiser.noise_pred(x_t, timesteps, torch.full((4,), c)) for c in (1, 2))
+    # The fresh adapter predicts what the teacher does; its target is 2 anchor - forget.
+    error = (2 * (under_forget - under_anchor)).square().mean((1, 2, 3))
+    expected = (error / (under_forget - noise).square().mean((1, 2, 3))).mean().item()
+    adapter = VDUConfig.for_model(denoiser.model, variational=False)
+    first = unlearn(denoiser, forget, config, adapter, replay=replay, replay_labels=replay_labels).history[0]
+    assert expected > 1e-3 and first["redirect"] == pytest.approx(expected, rel=1e-4)
+    assert first["plasticity"] == pytest.approx(2 / 3) and first["stability"] == 0
+    assert first["loss"] == pytest.approx(2 / 3 + expected, rel=1e-4)
+
+
+def test_a_class_conditional_model_forgets_both_paths(forget):
+    """The forget loss rises under the forgotten class and under none."""
+    denoiser = conditional_denoiser()
+    config = replace(CONDITIONAL, max_train_steps=50, train_batch_size=8, learning_rate=5e-3, stability_weight=0.1)
+    result = unlearn(denoiser, forget, config)
+    noise, timesteps = torch.randn(8, 1, 8, 8), torch.linspace(100, 900, 8).long()
+    x_t = denoiser.add_noise(forget, noise, timesteps)
+    for label in (1, 3):
+        labels = torch.full((8,), label)
+        with torch.no_grad():
+            after = (denoiser.noise_pred(x_t, timesteps, labels) - noise).square().mean()
+            with result.model.disable_adapter():
+                before = (denoiser.noise_pred(x_t, timesteps, labels) - noise).square().mean()
+        assert after > 1.2 * before
+
+
+def test_the_redirection_falls_where_classes_differ(forget):
+    denoiser = conditional_denoiser()
+    denoiser.model.class_embedding.weight.data.mul_(5)  # a trained model's classes are further apart than random ones
+    config = replace(CONDITIONAL, anchor_class=2, null_class=None, forget_target=1.01, stability_weight=0)
+    history = unlearn(denoiser, forget, replace(config, max_train_steps=40, learning_rate=5e-3)).history
+    assert sum(h["redirect"] for h in history[-5:]) < 0.7 * sum(h["redirect"] for h in history[:5])
+
+
+def test_replay_of_a_class_conditional_model_has_every_class_but_the_forgotten_one(forget):
+    images, labels = generate_replay(
+        conditional_denoiser(),
+        forget,
+        num_images=12,
+        num_inference_steps=2,
+        keep_quantile=1.0,
+        seed=0,
+        class_labels=[0, 2, 3],
+    )
+    assert len(images) == len(labels) and set(labels.tolist()) <= {0, 2, 3} and len(labels) >= 6
+
+
+def test_classes_that_do_not_fit_the_model_are_refused(pipeline_folder, forget):
+    with pytest.raises(ConfigError, match="forget_class: the model is class-conditional"):
+        unlearn(conditional_denoiser(), forget, FAST)
+    with pytest.raises(ConfigError, match="forget_class: the model is unconditional"):
+        unlearn(pipeline_folder, forget, CONDITIONAL)
+    with pytest.raises(ConfigError, match="null_class must lie in 0 to 2, not 3"):
+        unlearn(conditional_denoiser(3), forget, CONDITIONAL)
+    with pytest.raises(ConfigError, match="no other class to draw instead"):
+        unlearn(conditional_denoiser(2), forget, replace(CONDITIONAL, null_class=0))
+    with pytest.raises(ConfigError, match="cannot be its own"):
+        replace(CONDITIONAL, anchor_class=1)
+    with pytest.raises(ConfigError, match="replay_labels"):
+        unlearn(conditional_denoiser(), forget, CONDITIONAL, replay=torch.zeros(4, 1, 8, 8))
 
 
 def test_two_processes_equal_one(pipeline_folder, forget, tmp_path):

@@ -70,7 +70,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     sub.add_argument("--dataset_split", default="train", help="split of a hub dataset")
     sub.add_argument("--image_column", help="image column of a hub dataset, or array name in an .npz")
     sub.add_argument("--label_column", help="label column of a hub dataset, or array name in an .npz")
-    sub.add_argument("--forget_label", nargs="+", default=[], help="keep only images with one of these labels")
+    sub.add_argument("--forget_label", nargs="+", default=[], help="keep only images that the data set labels so")
     sub.add_argument("--max_forget_images", type=int, help="use at most this many, evenly spread")
     sub.add_argument("--target_modules", nargs="+", help="modules to adapt; the default suits the model")
     sub.add_argument(
@@ -90,6 +90,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     sub.add_argument("--adapter", type=Path, help="folder of a saved adapter; the base alone when left out")
     sub.add_argument("--scale", type=float, nargs="+", default=[0.0, 1.0], help="one grid for each; 0 is off, 1 is on")
     sub.add_argument("--num_images", type=int, default=64)
+    sub.add_argument("--class_labels", type=int, nargs="+", help="of a class-conditional model: draw these in turn")
     sub.add_argument("--num_inference_steps", type=int, default=25)
     sub.add_argument("--output_file", type=Path, default=Path("samples.png"))
     sub.add_argument("--seed", type=int, default=0)
@@ -172,7 +173,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
         elif typing.get_origin(kind) is typing.Literal:
             group.add_argument(f"--{field.name}", choices=typing.get_args(kind), default=default)
         else:
-            kind = kind if isinstance(kind, type) else str
+            kind = next(t for t in (typing.get_args(kind) or (kind,)) if t is not type(None))  # int | None: int
             group.add_argument(f"--{field.name}", type=kind, default=default, help=f"default {default}")
     group = parser.add_argument_group("adapter")
     for option, name in ADAPTER_OPTIONS.items():
@@ -247,6 +248,11 @@ def _sample(args: argparse.Namespace) -> int:
         raise ConfigError(f"{args.output_file}: not an image file name; end it in .png")
     denoiser = Denoiser.from_pretrained(args.model)
     options = {"seed": args.seed, "num_inference_steps": args.num_inference_steps}
+    if denoiser.num_classes:
+        labels = args.class_labels or range(denoiser.num_classes)
+        options["class_labels"] = [labels[i % len(labels)] for i in range(args.num_images)]
+    elif args.class_labels:
+        raise ConfigError("class_labels: the model is unconditional; leave them out")
     if args.adapter is None:
         panels = {"base": denoiser.sample(args.num_images, progress="base", **options)}
     else:

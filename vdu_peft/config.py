@@ -118,13 +118,19 @@ def _exactly(names: list[str], model: nn.Module) -> list[str] | str:
 class UnlearnConfig:
     """One unlearning run. Names follow diffusers' training scripts where those have one.
 
-    loss = plasticity + stability_weight · stability + kl_weight · KL / (N_forget · D)
+    loss = plasticity + redirect + stability_weight · stability + kl_weight · KL / (N_forget · D)
+
+    ``redirect`` is there for class-conditional models only.
 
     Args:
         plasticity: ``hinge`` (bounded, default) or ``elbo`` (the paper's, unbounded).
         forget_target: c of the hinge: raise the forget images' denoising loss to c times the original.
         stability_weight: weight of the function-space stability on self-generated replay.
         kl_weight: weight of the KL (nats) per forget-image element.
+        forget_class: of a class-conditional model, the label under which it knows the forget images.
+        anchor_class: what that label shall draw instead; when None, each time another label at random.
+        null_class: the label that stands for no condition, where the model was trained with one: half of the
+            images are then shown under it, so that it forgets and retains too.
         train_batch_size: forget images, and as many replay images, per process and step.
         max_train_steps: optimizer steps at most.
         learning_rate: of Adam, constant.
@@ -147,6 +153,9 @@ class UnlearnConfig:
     forget_target: float = 3.0
     stability_weight: float = 3.0
     kl_weight: float = 0.05
+    forget_class: int | None = None
+    anchor_class: int | None = None
+    null_class: int | None = None
     train_batch_size: int = 32
     max_train_steps: int = 100
     learning_rate: float = 3e-3
@@ -187,6 +196,10 @@ class UnlearnConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.forget_class is None and (self.anchor_class, self.null_class) != (None, None):
+            raise ConfigError("anchor_class and null_class need forget_class, the label to forget")
+        if self.forget_class is not None and self.forget_class in (self.anchor_class, self.null_class):
+            raise ConfigError(f"forget_class {self.forget_class} cannot be its own anchor_class or null_class")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed must lie in [0, 2**32), not {self.seed}")
         if not 0 <= self.replay_keep_quantile <= 1:

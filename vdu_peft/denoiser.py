@@ -168,11 +168,19 @@ class Denoiser:
         return torch.cat(batches)
 
     @torch.no_grad()
-    def features(self, images: torch.Tensor, timesteps: Sequence[int], seed: int, batch_size: int = 64) -> torch.Tensor:
+    def features(
+        self,
+        images: torch.Tensor,
+        timesteps: Sequence[int],
+        seed: int,
+        batch_size: int = 64,
+        class_label: int | None = None,
+    ) -> torch.Tensor:
         """What the frozen network sees in clean images, for telling kinds of images apart without labels.
 
         The mid block's channel means at each timestep; of a network without a ``mid_block``, its predicted
-        noise pooled to 4 x 4. One fixed noise serves all images, so that it cancels between them.
+        noise pooled to 4 x 4. One fixed noise serves all images, so that it cancels between them. A
+        class-conditional network sees them all under the one ``class_label``, for the same reason.
 
         Returns:
             float32 (N, F) on the CPU.
@@ -188,7 +196,8 @@ class Denoiser:
                 for t in timesteps:
                     steps = torch.full((len(batch),), t, device=self.device)
                     x_t = self.add_noise(batch, noise.expand_as(batch), steps.cpu()).to(self.device)
-                    prediction = self.noise_pred(x_t, steps)
+                    labels = None if class_label is None else torch.full_like(steps, class_label)
+                    prediction = self.noise_pred(x_t, steps, labels)
                     pooled = (
                         captured.pop() if mid_block else nn.functional.adaptive_avg_pool2d(prediction, 4).flatten(1)
                     )

@@ -1,5 +1,7 @@
 """What to retain, without data: the pre-trained model's own samples, less those that look like the forget set."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -21,8 +23,9 @@ def generate_replay(
     num_inference_steps: int,
     keep_quantile: float,
     seed: int,
+    class_labels: Sequence[int] = (),
     progress: bool = False,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Sample the model as it stands and drop what looks like the forget set.
 
     Args:
@@ -30,27 +33,30 @@ def generate_replay(
         num_images: how many to draw, before the filter.
         keep_quantile: drop samples whose forget score exceeds this quantile of the forget images' scores.
         seed: of the sampler and the features' noise.
+        class_labels: of a class-conditional model, the classes to draw, in turn.
 
     Returns:
-        (M, C, H, W) in [-1, 1], M <= num_images.
+        images (M, C, H, W) in [-1, 1], M <= num_images, and the labels (M,) that they were drawn under or None.
     """
+    labels = torch.tensor([class_labels[i % len(class_labels)] for i in range(num_images)]) if class_labels else None
     # Another seed than evaluation would use: a report must not judge the very samples trained on.
     images = denoiser.sample(
         num_images,
         seed=seed + 7919,
         num_inference_steps=num_inference_steps,
+        class_labels=labels,
         progress="replay" if progress else None,
     )
     timesteps = [t * denoiser.num_train_timesteps // 1000 for t in FEATURE_TIMESTEPS]
-    scores = forget_scores(
-        denoiser.features(forget, timesteps, seed=seed), denoiser.features(images, timesteps, seed=seed)
+    options = {"seed": seed, "class_label": class_labels[0] if class_labels else None}
+    forget_score, sample_score = forget_scores(
+        denoiser.features(forget, timesteps, **options), denoiser.features(images, timesteps, **options)
     )
-    forget_score, sample_score = scores
     keep = sample_score < torch.quantile(forget_score, keep_quantile)
     if keep.sum() < 2:
         # Nothing but the forget concept in the samples (or too few of them): the least alike half is the best there is.
         keep = sample_score <= sample_score.median()
-    return images[keep]
+    return images[keep], None if labels is None else labels[keep]
 
 
 def forget_scores(forget: torch.Tensor, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,5 @@
 """unlearn(): the loop that joins adapter, objective and replay, on accelerate."""
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -11,18 +10,17 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from vdu_peft import objective
-from vdu_peft.adapter import AdapterError, adapter_scale, attach, local_reparameterization, save_adapter, total_kl
+from vdu_peft.adapter import adapter_scale, attach, local_reparameterization, save_adapter, total_kl
+from vdu_peft.batch import Batch, draw_batch
+from vdu_peft.checkpoint import load_checkpoint, run_options, save_checkpoint
 from vdu_peft.config import ConfigError, UnlearnConfig, VDUConfig
 from vdu_peft.data import ImageDataset, check_images
-from vdu_peft.denoiser import Denoiser, ModelError, as_denoiser
+from vdu_peft.denoiser import Denoiser, as_denoiser
 from vdu_peft.replay import generate_replay
 
-CHECKPOINT_NAME = "checkpoint.safetensors"
 # Steps over which the noisy per-batch terms are averaged before anything is decided from them.
 WINDOW = 20
 # The forget target holds when the mean hinge is below this: the average image is within 5 % of c.
@@ -70,6 +68,7 @@ def unlearn(
     adapter: VDUConfig | None = None,
     *,
     replay: torch.Tensor | None = None,
+    replay_labels: torch.Tensor | None = None,
     output_dir: str | Path | None = None,
     resume: bool = False,
     callback: Callable[[int, dict[str, float]], None] | None = None,
@@ -82,6 +81,7 @@ def unlearn(
         config: the run; defaults when None.
         adapter: the adapter; :meth:`VDUConfig.for_model` when None.
         replay: (M, C, H, W) in [-1, 1] to retain; the model draws its own when None.
+        replay_labels: (M,) int64, the classes of ``replay``, for a class-conditional model.
         output_dir: gets ``adapter/``, ``history.json`` and checkpoints; nothing is written when None.
         resume: go on from the last checkpoint in ``output_dir``, to the same result as without the interruption.
         callback: called with (step, terms) after every optimizer step.
@@ -92,8 +92,7 @@ def unlearn(
     """
     config = config or UnlearnConfig()
     denoiser = as_denoiser(model)
-    if denoiser.num_classes:
-        raise ModelError("class-conditional models can be sampled, but unlearning them is not supported yet")
+    _check_classes(denoiser, config)
     forget = check_images(forget, denoiser.image_size, denoiser.channels, "forget images")
     output_dir = Path(output_dir) if output_dir is not None else None
     # accelerate keeps one precision per process and refuses another: a second run may well want one.
@@ -116,26 +115,29 @@ def unlearn(
     peft_model = attach(denoiser.model, adapter or VDUConfig.for_model(denoiser.model))
     if replay is None:
         with adapter_scale(denoiser.model, 0):
-            replay = generate_replay(
+            replay, replay_labels = generate_replay(
                 denoiser,
                 forget,
                 num_images=config.replay_size,
                 num_inference_steps=config.replay_inference_steps,
                 keep_quantile=config.replay_keep_quantile,
                 seed=config.seed,
+                class_labels=[c for c in range(denoiser.num_classes or 0) if c != config.forget_class],
                 progress=not bar_off,
             )
     else:
         replay = check_images(replay, denoiser.image_size, denoiser.channels, "replay images")
+        if (replay_labels is not None) != bool(denoiser.num_classes):
+            raise ConfigError("replay_labels are for class-conditional models, which need one for every replay image")
     parameters = {n: p for n, p in denoiser.model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.Adam(parameters.values(), lr=config.learning_rate)
     network, optimizer = accelerator.prepare(denoiser.model, optimizer)
     forget_set = ImageDataset(forget, config.random_flip)
 
-    run_options = _run_options(config, peft_model, forget)
+    options = run_options(config, peft_model.peft_config["default"], forget)
     history: list[dict[str, float]] = []
     if resume:
-        history = _load_checkpoint(output_dir, parameters, optimizer, run_options)
+        history = load_checkpoint(output_dir, parameters, optimizer, options)
     if config.report_to and accelerator.is_main_process:
         accelerator.init_trackers("unlearn", config={k: v for k, v in asdict(config).items() if v is not None})
     progress = tqdm(total=config.max_train_steps, initial=len(history), desc="unlearn", disable=bar_off)
@@ -146,13 +148,14 @@ def unlearn(
         set_seed((config.seed * 1_000_003 + step) % 2**32)
         terms: dict[str, torch.Tensor] = {}
         for _ in range(config.gradient_accumulation_steps):
-            batch = _draw_batch(denoiser, forget_set, replay, config.train_batch_size, accelerator)
+            batch = draw_batch(forget_set, replay, replay_labels, config, denoiser, accelerator)
             # Around the backward too: gradient checkpointing runs the forward again in it.
             with local_reparameterization(denoiser.model):
                 batch_terms = _terms(denoiser, network, batch, config, accelerator)
                 kl = total_kl(denoiser.model)
                 loss = (
                     batch_terms["plasticity"]
+                    + batch_terms.get("redirect", 0)
                     + config.stability_weight * batch_terms["stability"]
                     + config.kl_weight * kl / forget.numel()
                 )
@@ -179,7 +182,9 @@ def unlearn(
         if callback:
             callback(step + 1, record)
         if config.checkpointing_steps and len(history) % config.checkpointing_steps == 0 and output_dir:
-            _save_checkpoint(output_dir, parameters, optimizer, history, run_options, accelerator)
+            if accelerator.is_main_process:
+                save_checkpoint(output_dir, parameters, optimizer, history, options)
+            accelerator.wait_for_everyone()
     progress.close()
     # Take accelerate's autocast off the caller's model again.
     accelerator.unwrap_model(network, keep_fp32_wrapper=False)
@@ -193,48 +198,56 @@ def unlearn(
     )
 
 
-def _draw_batch(
-    denoiser: Denoiser, forget_set: ImageDataset, replay: torch.Tensor, batch_size: int, accelerator: Accelerator
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(images, noise, timesteps) of this process: batch_size forget images, then as many replay images.
-
-    All processes draw the whole batch from the one seed and keep their share, so that P processes of batch
-    size b see what one of P·b sees.
-    """
-    total = batch_size * accelerator.num_processes
-    forget = torch.stack([forget_set[i] for i in _draw_indices(len(forget_set), total)])
-    images = torch.stack([forget, replay[_draw_indices(len(replay), total)]])  # (2, total, C, H, W)
-    noise = torch.randn(images.shape)
-    timesteps = torch.randint(denoiser.num_train_timesteps, (2, total))
-    share = slice(accelerator.process_index * batch_size, (accelerator.process_index + 1) * batch_size)
-    return tuple(t[:, share].flatten(0, 1).to(accelerator.device) for t in (images, noise, timesteps))
-
-
-def _draw_indices(size: int, count: int) -> list[int]:
-    """``count`` indices without repetition as long as the set lasts, then again."""
-    rounds = -(-count // size)
-    return torch.cat([torch.randperm(size) for _ in range(rounds)])[:count].tolist()
+def _check_classes(denoiser: Denoiser, config: UnlearnConfig) -> None:
+    if not denoiser.num_classes:
+        if config.forget_class is not None:
+            raise ConfigError("forget_class: the model is unconditional; leave it out")
+        return
+    if config.forget_class is None:
+        raise ConfigError(
+            f"forget_class: the model is class-conditional; tell under which of its {denoiser.num_classes} labels "
+            "(0 and up) it knows the forget images"
+        )
+    for name in ("forget_class", "anchor_class", "null_class"):
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < denoiser.num_classes:
+            raise ConfigError(f"{name} must lie in 0 to {denoiser.num_classes - 1}, not {value}")
+    if config.anchor_class is None and {*range(denoiser.num_classes)} <= {config.forget_class, config.null_class}:
+        raise ConfigError(
+            "anchor_class: the model has no other class to draw instead; pass its null_class as anchor_class"
+        )
 
 
-def _terms(denoiser, network, batch, config: UnlearnConfig, accelerator) -> dict[str, torch.Tensor]:
-    images, noise, timesteps = batch
+def _terms(
+    denoiser: Denoiser, network: torch.nn.Module, batch: Batch, config: UnlearnConfig, accelerator: Accelerator
+) -> dict[str, torch.Tensor]:
+    images, noise, timesteps, labels, anchors = batch
     half = len(images) // 2
     x_t = denoiser.add_noise(images, noise, timesteps)
     with accelerator.autocast():
         with torch.no_grad(), adapter_scale(denoiser.model, 0):  # the teacher: the same module, adapter off
-            base_noise_pred = denoiser.noise_pred(x_t, timesteps)
-        noise_pred = denoiser.noise_pred(x_t, timesteps, model=network)
+            base_noise_pred = denoiser.noise_pred(x_t, timesteps, labels)
+            if labels is not None:
+                anchor_noise_pred = denoiser.noise_pred(x_t[:half], timesteps[:half], anchors)
+        noise_pred = denoiser.noise_pred(x_t, timesteps, labels, model=network)
     loss = objective.denoising_loss(noise_pred[:half], noise[:half])
     base_loss = objective.denoising_loss(base_noise_pred[:half], noise[:half])
-    if config.plasticity == "hinge":
-        plasticity = objective.hinge(loss, base_loss, config.forget_target)
-    else:
-        plasticity = objective.elbo(loss)
-    return {
-        "plasticity": plasticity,
+    terms = {
         "stability": objective.stability(noise_pred[half:], base_noise_pred[half:], noise[half:]),
         "forget_ratio": objective.forget_ratio(loss, base_loss),
     }
+    if config.plasticity == "elbo":
+        return {"plasticity": objective.elbo(loss), **terms}
+    terms["plasticity"] = objective.hinge(loss, base_loss, config.forget_target)
+    if labels is not None:
+        terms["redirect"] = objective.redirect(
+            noise_pred[:half],
+            base_noise_pred[:half],
+            anchor_noise_pred,
+            noise[:half],
+            conditional=labels[:half] == config.forget_class,
+        )
+    return terms
 
 
 def _recent(history: list[dict[str, float]], name: str) -> float:
@@ -247,7 +260,9 @@ def _stop(history: list[dict[str, float]], config: UnlearnConfig) -> bool:
         return False
     if _recent(history, "stability") > COLLAPSE:
         return True
-    return config.early_stopping and config.plasticity == "hinge" and _recent(history, "plasticity") < TARGET_TOLERANCE
+    # Under a condition the hinge is met long before the redirection, which has no target value of its own.
+    bounded = config.plasticity == "hinge" and config.forget_class is None
+    return config.early_stopping and bounded and _recent(history, "plasticity") < TARGET_TOLERANCE
 
 
 def run_status(history: list[dict[str, float]], config: UnlearnConfig) -> str:
@@ -269,69 +284,3 @@ def _save(peft_model: PeftModel, output_dir: Path | None, history, accelerator: 
         (output_dir / "history.json").write_text(json.dumps(history) + "\n")
     accelerator.wait_for_everyone()
     return f"the adapter of the last good step is in {output_dir / 'adapter'}"
-
-
-def _save_checkpoint(output_dir: Path, parameters, optimizer, history, run_options, accelerator) -> None:
-    """Parameters and Adam's moments in one safetensors file, history and config in its header.
-
-    One file, replaced by one rename: a kill at any moment leaves the earlier checkpoint loadable.
-    """
-    if accelerator.is_main_process:
-        tensors = {f"parameter.{name}": p.detach().cpu().contiguous() for name, p in parameters.items()}
-        for name, state in zip(parameters, _optimizer_state(optimizer, parameters), strict=True):
-            tensors |= {f"{key}.{name}": value.cpu().contiguous() for key, value in state.items()}
-        metadata = {"history": json.dumps(history), "run": json.dumps(run_options)}
-        fresh = output_dir / f".{CHECKPOINT_NAME}.tmp"
-        save_file(tensors, fresh, metadata=metadata)
-        fresh.replace(output_dir / CHECKPOINT_NAME)
-    accelerator.wait_for_everyone()
-
-
-def _optimizer_state(optimizer, parameters) -> list[dict[str, torch.Tensor]]:
-    return [optimizer.state[p] for p in parameters.values()]
-
-
-# What may differ between the interrupted run and its resumption.
-_RESUMABLE = ("max_train_steps", "checkpointing_steps", "report_to", "early_stopping")
-
-
-def _run_options(config: UnlearnConfig, peft_model: PeftModel, forget: torch.Tensor) -> dict:
-    """What must be the same for a resumed run to give the same result."""
-    adapter = peft_model.peft_config["default"]
-    names = ("r", "lora_alpha", "prior_scale", "init_scale", "variational")
-    options = {name: value for name, value in asdict(config).items() if name not in _RESUMABLE}
-    images = hashlib.sha256(forget.contiguous().numpy().tobytes()).hexdigest()[:16]
-    return {**options, **{name: getattr(adapter, name) for name in names}, "forget_images": images}
-
-
-def _load_checkpoint(output_dir: Path | None, parameters, optimizer, run_options: dict) -> list[dict[str, float]]:
-    file = output_dir / CHECKPOINT_NAME if output_dir else None
-    if run_options["mixed_precision"] == "fp16":
-        raise AdapterError("resume: fp16's gradient scale is not kept in a checkpoint; use mixed_precision bf16 or no")
-    if file is None or not file.is_file():
-        raise AdapterError(f"{output_dir}: no checkpoint to resume from; run without resume, with checkpointing_steps")
-    try:
-        stored = safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise AdapterError(f"{file}: not a readable checkpoint ({error}); start again in a new output_dir") from error
-    with stored:
-        metadata = stored.metadata() or {}
-        if "run" not in metadata:
-            raise AdapterError(f"{file}: not a checkpoint of this package; start again in a new output_dir")
-        old = json.loads(metadata["run"])
-        for name, value in run_options.items():
-            if old.get(name) != value:
-                raise AdapterError(f"{file}: written with {name}={old.get(name)}, not {value}; resume with the same")
-        names = {key.removeprefix("parameter.") for key in stored.keys() if key.startswith("parameter.")}  # noqa: SIM118
-        if names != set(parameters):
-            raise AdapterError(f"{file}: a checkpoint of another model or adapter; start again in a new output_dir")
-        for name, p in parameters.items():
-            value = stored.get_tensor(f"parameter.{name}")
-            if value.shape != p.shape:
-                raise AdapterError(f"{file}: a checkpoint of another model: {name} has shape {list(value.shape)}")
-            p.data.copy_(value)
-            optimizer.state[p] = {
-                key: stored.get_tensor(f"{key}.{name}").to(p.device if key != "step" else "cpu")
-                for key in ("step", "exp_avg", "exp_avg_sq")
-            }
-    return json.loads(metadata["history"])

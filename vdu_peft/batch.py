@@ -1,0 +1,61 @@
+"""One step's images, noise, timesteps and conditions, drawn from torch's global generator."""
+
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+
+from vdu_peft.config import UnlearnConfig
+from vdu_peft.data import ImageDataset
+from vdu_peft.denoiser import Denoiser
+
+# Share of the images that a class-conditional model with a null class sees under it.
+NULL_SHARE = 0.5
+
+
+class Batch(NamedTuple):
+    """The forget images, then as many replay images; labels are None for an unconditional model."""
+
+    images: torch.Tensor  # (2b, C, H, W)
+    noise: torch.Tensor  # (2b, C, H, W)
+    timesteps: torch.Tensor  # (2b,)
+    labels: torch.Tensor | None = None  # (2b,) what each image is shown under
+    anchors: torch.Tensor | None = None  # (b,) what the forget images are redirected to
+
+
+def draw_batch(
+    forget_set: ImageDataset,
+    replay: torch.Tensor,
+    replay_labels: torch.Tensor | None,
+    config: UnlearnConfig,
+    denoiser: Denoiser,
+    accelerator: Accelerator,
+) -> Batch:
+    """This process's share of a step.
+
+    All processes draw the whole batch from the one seed and keep their share, so that P processes of batch
+    size b see what one of P·b sees.
+    """
+    batch_size = config.train_batch_size
+    total = batch_size * accelerator.num_processes
+    forget = torch.stack([forget_set[i] for i in _draw_indices(len(forget_set), total)])
+    replay_indices = _draw_indices(len(replay), total)
+    images = torch.stack([forget, replay[replay_indices]])  # (2, total, C, H, W)
+    noise = torch.randn(images.shape)
+    timesteps = torch.randint(denoiser.num_train_timesteps, (2, total))
+    drawn = [images, noise, timesteps]
+    if replay_labels is not None:
+        labels = torch.stack([torch.full((total,), config.forget_class), replay_labels[replay_indices]])
+        if config.null_class is not None:
+            labels = torch.where(torch.rand(2, total) < NULL_SHARE, config.null_class, labels)
+        others = [c for c in range(denoiser.num_classes) if c not in (config.forget_class, config.null_class)]
+        candidates = torch.tensor(others if config.anchor_class is None else [config.anchor_class])
+        drawn += [labels, candidates[torch.randint(len(candidates), (1, total))]]
+    share = slice(accelerator.process_index * batch_size, (accelerator.process_index + 1) * batch_size)
+    return Batch(*(t[:, share].flatten(0, 1).to(accelerator.device) for t in drawn))
+
+
+def _draw_indices(size: int, count: int) -> list[int]:
+    """``count`` indices without repetition as long as the set lasts, then again."""
+    rounds = -(-count // size)
+    return torch.cat([torch.randperm(size) for _ in range(rounds)])[:count].tolist()

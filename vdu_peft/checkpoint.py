@@ -1,0 +1,80 @@
+"""A run's state in one safetensors file: parameters, Adam's moments, the history, and what a resumed run must match."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from vdu_peft.adapter import AdapterError
+from vdu_peft.config import UnlearnConfig, VDUConfig
+
+CHECKPOINT_NAME = "checkpoint.safetensors"
+
+# What may differ between the interrupted run and its resumption.
+_RESUMABLE = ("max_train_steps", "checkpointing_steps", "report_to", "early_stopping")
+
+
+def run_options(config: UnlearnConfig, adapter: VDUConfig, forget: torch.Tensor) -> dict:
+    """What must be the same for a resumed run to give the same result."""
+    names = ("r", "lora_alpha", "prior_scale", "init_scale", "variational")
+    options = {name: value for name, value in asdict(config).items() if name not in _RESUMABLE}
+    images = hashlib.sha256(forget.contiguous().numpy().tobytes()).hexdigest()[:16]
+    return {**options, **{name: getattr(adapter, name) for name in names}, "forget_images": images}
+
+
+def save_checkpoint(output_dir: Path, parameters: dict, optimizer, history: list[dict], options: dict) -> None:
+    """Parameters and Adam's moments as tensors, history and options in the file's header.
+
+    One file, replaced by one rename: a kill or a full disk at any moment leaves the earlier checkpoint loadable.
+    """
+    tensors = {f"parameter.{name}": p.detach().cpu().contiguous() for name, p in parameters.items()}
+    for name, p in parameters.items():
+        tensors |= {f"{key}.{name}": value.cpu().contiguous() for key, value in optimizer.state[p].items()}
+    fresh = output_dir / f".{CHECKPOINT_NAME}.tmp"
+    try:
+        save_file(tensors, fresh, metadata={"history": json.dumps(history), "run": json.dumps(options)})
+        fresh.replace(output_dir / CHECKPOINT_NAME)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def load_checkpoint(output_dir: Path | None, parameters: dict, optimizer, options: dict) -> list[dict[str, float]]:
+    """Put a checkpoint's state into ``parameters`` and ``optimizer``; returns its history.
+
+    Raises:
+        AdapterError: no checkpoint, an unreadable one, one of another model, or one written with other options.
+    """
+    file = output_dir / CHECKPOINT_NAME if output_dir else None
+    if options["mixed_precision"] == "fp16":
+        raise AdapterError("resume: fp16's gradient scale is not kept in a checkpoint; use mixed_precision bf16 or no")
+    if file is None or not file.is_file():
+        raise AdapterError(f"{output_dir}: no checkpoint to resume from; run without resume, with checkpointing_steps")
+    try:
+        stored = safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise AdapterError(f"{file}: not a readable checkpoint ({error}); start again in a new output_dir") from error
+    with stored:
+        metadata = stored.metadata() or {}
+        if "run" not in metadata:
+            raise AdapterError(f"{file}: not a checkpoint of this package; start again in a new output_dir")
+        old = json.loads(metadata["run"])
+        for name, value in options.items():
+            if old.get(name) != value:
+                raise AdapterError(f"{file}: written with {name}={old.get(name)}, not {value}; resume with the same")
+        names = {key.removeprefix("parameter.") for key in stored.keys() if key.startswith("parameter.")}  # noqa: SIM118
+        if names != set(parameters):
+            raise AdapterError(f"{file}: a checkpoint of another model or adapter; start again in a new output_dir")
+        for name, p in parameters.items():
+            value = stored.get_tensor(f"parameter.{name}")
+            if value.shape != p.shape:
+                raise AdapterError(f"{file}: a checkpoint of another model: {name} has shape {list(value.shape)}")
+            p.data.copy_(value)
+            optimizer.state[p] = {
+                key: stored.get_tensor(f"{key}.{name}").to(p.device if key != "step" else "cpu")
+                for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+    return json.loads(metadata["history"])
