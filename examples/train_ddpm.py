@@ -1,9 +1,14 @@
-"""Train a small unconditional DDPM in diffusers format, for the demo, the benchmarks or your own images.
+"""Train a small DDPM in diffusers format, unconditional or by class: for the demo, the benchmarks or your own images.
 
 The demo's base model (MNIST at 28x28, 1.8 M parameters):
 
     python examples/train_ddpm.py --train_data mnist.npz --image_column train_images \
         --resolution 28 --channels 1 --output_dir mnist-ddpm
+
+Its class-conditional twin, whose last label stands for "any class":
+
+    python examples/train_ddpm.py --train_data mnist.npz --image_column train_images --label_column train_labels \
+        --class_conditional --resolution 28 --channels 1 --output_dir mnist-ddpm-classes
 
 Interrupted runs go on with ``--resume_from_checkpoint latest``.
 """
@@ -18,14 +23,15 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
-from diffusers.utils import make_image_grid
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, StackDataset
 from tqdm.auto import tqdm
 
 from vdu_peft.data import ImageDataset, ImageSource
+from vdu_peft.denoiser import Denoiser
+from vdu_peft.evaluation import image_grid
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +42,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--image_column", help="array name in an .npz, or image column of a hub dataset")
     parser.add_argument("--label_column", help="array name or column of the labels, for --labels")
     parser.add_argument("--labels", nargs="*", default=(), help="train on these classes only")
+    parser.add_argument("--class_conditional", action="store_true", help="condition on the labels of --label_column")
+    parser.add_argument("--label_dropout", type=float, default=0.1, help="share of images shown under the null class")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--resolution", type=int, default=32)
     parser.add_argument("--channels", type=int, default=3, choices=(1, 3))
@@ -54,7 +62,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def build_unet(resolution: int, channels: int, block_out_channels, layers_per_block: int) -> UNet2DModel:
+def build_unet(
+    resolution: int, channels: int, block_out_channels, layers_per_block: int, num_class_embeds: int | None = None
+) -> UNet2DModel:
     """A UNet2DModel with self-attention at its lowest resolution only."""
     depth = len(block_out_channels) - 1
     return UNet2DModel(
@@ -67,17 +77,16 @@ def build_unet(resolution: int, channels: int, block_out_channels, layers_per_bl
         up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * depth,
         attention_head_dim=8,
         norm_num_groups=8,
+        num_class_embeds=num_class_embeds,
     )
 
 
-@torch.no_grad()
 def sample_grid(unet: UNet2DModel, scheduler: DDPMScheduler, seed: int, rows: int = 8):
-    """rows x rows samples, DDIM 25 steps."""
-    pipeline = DDPMPipeline(unet, DDIMScheduler.from_config(scheduler.config))
-    pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(seed)
-    images = pipeline(batch_size=rows * rows, generator=generator, num_inference_steps=25).images
-    return make_image_grid(images, rows, rows)
+    """rows x rows samples, DDIM 25 steps; of a class-conditional model every class in turn, the null class last."""
+    classes = unet.config.num_class_embeds
+    labels = None if classes is None else [i % classes for i in range(rows * rows)]
+    images = Denoiser(unet, scheduler).sample(rows * rows, seed=seed, class_labels=labels)
+    return image_grid(images, columns=rows)
 
 
 def main(argv=None) -> None:
@@ -92,11 +101,18 @@ def main(argv=None) -> None:
     source = ImageSource(
         args.train_data, image_column=args.image_column, label_column=args.label_column, labels=tuple(args.labels)
     )
-    images = source.load((args.resolution, args.resolution), args.channels)
-    loader = DataLoader(
-        ImageDataset(images, args.random_flip), batch_size=args.train_batch_size, shuffle=True, drop_last=True
+    size, num_classes = (args.resolution, args.resolution), None
+    if args.class_conditional:
+        images, labels = source.load_labelled(size, args.channels)
+        num_classes = int(labels.max()) + 2  # the last one is the null class
+    else:
+        images = source.load(size, args.channels)
+        labels = torch.zeros(len(images), dtype=torch.int64)  # not shown to the model
+    dataset = StackDataset(ImageDataset(images, args.random_flip), labels)
+    loader = DataLoader(dataset, batch_size=args.train_batch_size, shuffle=True, drop_last=True)
+    unet = build_unet(
+        args.resolution, args.channels, args.block_out_channels, args.layers_per_block, num_class_embeds=num_classes
     )
-    unet = build_unet(args.resolution, args.channels, args.block_out_channels, args.layers_per_block)
     scheduler = DDPMScheduler(num_train_timesteps=1000, prediction_type="epsilon", clip_sample=True)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=args.learning_rate, weight_decay=0.0)
     lr_scheduler = get_cosine_schedule_with_warmup(optimizer, args.lr_warmup_steps, args.max_train_steps)
@@ -114,10 +130,14 @@ def main(argv=None) -> None:
     log = (args.output_dir / "train_log.jsonl").open("a") if accelerator.is_main_process else None
     progress = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_main_process, mininterval=5)
     while step < args.max_train_steps:
-        for clean in loader:
+        for clean, labels in loader:
             noise = torch.randn_like(clean)
             timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (len(clean),), device=clean.device)
-            noise_pred = unet(scheduler.add_noise(clean, noise, timesteps), timesteps).sample
+            condition = {}
+            if num_classes is not None:
+                dropped = torch.rand(len(labels), device=labels.device) < args.label_dropout
+                condition["class_labels"] = labels.masked_fill(dropped, num_classes - 1)
+            noise_pred = unet(scheduler.add_noise(clean, noise, timesteps), timesteps, **condition).sample
             loss = F.mse_loss(noise_pred.float(), noise)
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(unet.parameters(), 1.0)
@@ -146,7 +166,7 @@ def write_pipeline(unet: UNet2DModel, ema: EMAModel, scheduler: DDPMScheduler, a
     ema.copy_to(unet.parameters())
     sample_grid(unet, scheduler, args.seed).save(args.output_dir / "samples.png")
     folder, fresh = args.output_dir / "pipeline", args.output_dir / "pipeline.tmp"
-    half = build_unet(args.resolution, args.channels, args.block_out_channels, args.layers_per_block)
+    half = UNet2DModel.from_config(unet.config)
     half.load_state_dict(unet.state_dict())
     DDPMPipeline(half.half(), scheduler).save_pretrained(fresh, safe_serialization=True)
     (fresh / "train_config.json").write_text(json.dumps(vars(args), indent=2, default=str) + "\n")

@@ -48,7 +48,7 @@ def test_hub_dataset_through_a_local_parquet_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # A folder would be read as images; hide it from the folder check by loading through the method itself.
     source = ImageSource("owner/set", label_column="digit", labels=("one",))
-    images = source._from_hub()
+    images, _ = source._from_hub()
     assert [np.asarray(image)[0, 0] for image in images] == [100, 200]
     with pytest.raises(DataError, match="no image column 'nope'"):
         ImageSource("owner/set", image_column="nope")._from_hub()
@@ -111,3 +111,18 @@ def test_check_images_refuses_wrong_shape_and_range(forget):
         check_images(forget, (8, 8), 3, "forget")
     with pytest.raises(DataError, match=r"must lie in \[-1, 1\]"):
         check_images(forget * 255, (8, 8), 1, "forget")
+
+
+def test_labels_come_with_their_images(tmp_path):
+    labels = np.arange(10) % 3
+    np.savez(tmp_path / "set.npz", images=np.repeat(labels * 100, 64).reshape(10, 8, 8).astype(np.uint8), labels=labels)
+    source = {"path": str(tmp_path / "set.npz"), "label_column": "labels"}
+    images, loaded = ImageSource(**source, labels=("1", "2"), max_images=4).load_labelled((8, 8), 1)
+    assert loaded.dtype == torch.int64 and set(loaded.tolist()) == {1, 2} and len(images) == 4
+    torch.testing.assert_close((images[:, 0, 0, 0] + 1) * 127.5, loaded * 100.0)
+    with pytest.raises(DataError, match="name their array or column with label_column"):
+        ImageSource(source["path"], image_column="images").load_labelled((8, 8), 1)
+    with pytest.raises(DataError, match="no integer labels"):
+        (tmp_path / "folder").mkdir()
+        Image.new("L", (8, 8)).save(tmp_path / "folder" / "a.png")
+        ImageSource(str(tmp_path / "folder"), label_column="labels").load_labelled((8, 8), 1)

@@ -4,10 +4,13 @@ from importlib.metadata import requires
 from pathlib import Path
 
 import numpy as np
+import pytest
 from diffusers import DDPMPipeline
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from vdu_peft.data import DataError
+from vdu_peft.denoiser import Denoiser
 from vdu_peft.layer import PEFT_VERSIONS
 
 ROOT = Path(__file__).parent.parent
@@ -34,6 +37,20 @@ def test_train_ddpm_writes_a_stock_pipeline_and_resumes(tmp_path):
     assert pipeline.unet.config.sample_size == 8 and (tmp_path / "out" / "samples.png").is_file()
     checkpoints = sorted(folder.name for folder in (tmp_path / "out" / "checkpoints").iterdir())
     assert checkpoints == ["checkpoint_0", "checkpoint_1"]
+
+
+def test_train_ddpm_by_class(tmp_path):
+    import train_ddpm
+
+    images = np.zeros((16, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=images, labels=np.arange(16) % 3)
+    command = [f"--train_data={tmp_path / 'images.npz'}", "--resolution=8", "--channels=1", "--train_batch_size=8"]
+    command += [f"--output_dir={tmp_path / 'out'}", "--block_out_channels", "8", "16", "--max_train_steps=2"]
+    train_ddpm.main([*command, "--class_conditional", "--label_column=labels"])
+    denoiser = Denoiser.from_pretrained(tmp_path / "out" / "pipeline")
+    assert denoiser.num_classes == 4  # three and the null class
+    with pytest.raises(DataError, match="label_column"):
+        train_ddpm.main([*command, "--class_conditional"])
 
 
 def test_a_peft_outside_the_range_is_refused_at_import():

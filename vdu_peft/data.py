@@ -50,26 +50,43 @@ class ImageSource:
         Raises:
             DataError: the source is missing, empty, unreadable, or holds non-finite values.
         """
+        return self._load(image_size, channels)[0]
+
+    def load_labelled(self, image_size: tuple[int, int], channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`load`, with the labels, int64 (N,).
+
+        Raises:
+            DataError: as :meth:`load`, or the source has no integer labels (a folder, no ``label_column``).
+        """
+        if self.label_column is None:
+            raise DataError(f"{self.path}: labels are needed; name their array or column with label_column")
+        images, labels = self._load(image_size, channels)
+        if labels is None or not np.issubdtype(labels.dtype, np.integer):
+            raise DataError(f"{self.path}: no integer labels there; use an .npz or a hub dataset that has them")
+        return images, torch.from_numpy(labels.astype(np.int64))
+
+    def _load(self, image_size: tuple[int, int], channels: int) -> tuple[torch.Tensor, np.ndarray | None]:
         if self.max_images is not None and self.max_images < 1:
             raise DataError(f"max_images must be at least 1, not {self.max_images}")
         path = Path(self.path)
         if path.is_dir():
-            images = self._from_folder(path)
+            images, labels = self._from_folder(path), None
         elif path.suffix == ".npz":
-            images = self._from_npz(path)
+            images, labels = self._from_npz(path)
         elif path.exists():
             raise DataError(f"{path}: not a folder of images or an .npz file; put the images in a folder")
         elif path.is_absolute() or self.path.startswith((".", "~")) or self.path.count("/") > 1:
             raise DataError(f"{path}: no such folder or .npz file")
         else:
-            images = self._from_hub()
+            images, labels = self._from_hub()
         if not len(images):
             chosen = f" with label {', '.join(self.labels)}" if self.labels else ""
             raise DataError(f"{self.path}: no images{chosen} found")
         if self.max_images is not None and len(images) > self.max_images:
             keep = np.linspace(0, len(images) - 1, self.max_images).round().astype(int)
             images = [images[i] for i in keep]
-        return torch.stack([to_tensor(image, image_size, channels, name=self.path) for image in images])
+            labels = None if labels is None else labels[keep]
+        return torch.stack([to_tensor(image, image_size, channels, name=self.path) for image in images]), labels
 
     def _from_folder(self, folder: Path) -> Sequence[Image.Image]:
         if self.labels:
@@ -77,7 +94,7 @@ class ImageSource:
         files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
         return [_open(file) for file in files]
 
-    def _from_npz(self, file: Path) -> np.ndarray:
+    def _from_npz(self, file: Path) -> tuple[np.ndarray, np.ndarray | None]:
         if not file.is_file():
             raise DataError(f"{file}: no such file")
         try:
@@ -89,13 +106,20 @@ class ImageSource:
             ) from error
         if images.ndim not in (3, 4):
             raise DataError(f"{file}: expected images [N, H, W] or [N, H, W, C], found shape {list(images.shape)}")
-        if not self.labels:
-            return images
         if self.label_column is None:
-            raise DataError(f"{file}: labels asked for but no label_column; the file holds {', '.join(arrays.files)}")
+            if self.labels:
+                raise DataError(
+                    f"{file}: labels asked for but no label_column; the file holds {', '.join(arrays.files)}"
+                )
+            return images, None
         labels = arrays[self._npz_key(arrays, self.label_column, "label_column", file)]
+        if len(labels) != len(images):
+            raise DataError(f"{file}: {len(labels)} labels for {len(images)} images")
+        if not self.labels:
+            return images, labels
         names = arrays["class_names"].tolist() if "class_names" in arrays.files else []
-        return images[np.isin(labels, _label_numbers(self.labels, names, file))]
+        keep = np.isin(labels, _label_numbers(self.labels, names, file))
+        return images[keep], labels[keep]
 
     def _npz_key(self, arrays, key: str | None, option: str, file: Path) -> str:
         if key is None and len(arrays.files) == 1:
@@ -106,7 +130,7 @@ class ImageSource:
             raise DataError(f"{file}: {option} {key!r} not found; the file holds {', '.join(arrays.files)}")
         return key
 
-    def _from_hub(self) -> Sequence[Image.Image]:
+    def _from_hub(self) -> tuple[Sequence[Image.Image], np.ndarray | None]:
         from datasets import Image as ImageFeature
         from datasets import load_dataset
         from datasets.exceptions import DatasetNotFoundError
@@ -124,16 +148,18 @@ class ImageSource:
         )
         if column not in dataset.column_names:
             raise DataError(f"{self.path}: no image column {column!r}; columns are {', '.join(dataset.column_names)}")
+        if self.label_column is None and not self.labels:
+            return dataset[column], None
+        if self.label_column not in dataset.column_names:
+            raise DataError(
+                f"{self.path}: no label_column {self.label_column!r}; columns are {', '.join(dataset.column_names)}"
+            )
+        labels = np.asarray(dataset[self.label_column])
         if self.labels:
-            if self.label_column not in dataset.column_names:
-                raise DataError(
-                    f"{self.path}: no label_column {self.label_column!r}; columns are {', '.join(dataset.column_names)}"
-                )
             names = getattr(dataset.features[self.label_column], "names", None) or []
-            wanted = _label_numbers(self.labels, names, self.path)
-            keep = np.flatnonzero(np.isin(np.asarray(dataset[self.label_column]), wanted))
-            dataset = dataset.select(keep)
-        return dataset[column]
+            keep = np.flatnonzero(np.isin(labels, _label_numbers(self.labels, names, self.path)))
+            dataset, labels = dataset.select(keep), labels[keep]
+        return dataset[column], labels
 
 
 class ImageDataset(Dataset):
