@@ -182,8 +182,14 @@ def test_adapter_of_another_model(saved, model, change, message):
     folder, _ = saved
     if change:
         change(folder / WEIGHTS)
+    target = model()
+    before = target(images())
     with pytest.raises(AdapterError, match=rf"{folder}: made for another model: .*{message}"):
-        adapter.load_adapter(model(), folder)
+        adapter.load_adapter(target, folder)
+    # Refused, and the model is as it was: its own layers, trainable as before, with the same output.
+    assert {name for name, _ in target.named_parameters()} == {name for name, _ in tiny().named_parameters()}
+    assert all(p.requires_grad for p in target.parameters()) and not hasattr(target, "peft_config")
+    assert torch.equal(target(images()), before)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -440,3 +446,16 @@ def test_for_model_without_a_layer_to_adapt():
 
 def test_for_model_leaves_given_targets_alone():
     assert VDUConfig.for_model(tiny(), target_modules=["3"]).target_modules == {"3"}
+
+
+def test_contexts_refuse_a_merged_adapter():
+    """A merged layer computes with its base weight alone: noise and scale would silently do nothing."""
+    model = trained(tiny())
+    model.merge_adapter()
+    with pytest.raises(AdapterError, match="posterior_sample: the adapter is merged"), adapter.posterior_sample(model):
+        pass
+    with pytest.raises(AdapterError, match="adapter_scale: the adapter is merged"), adapter.adapter_scale(model, 0.5):
+        pass
+    model.unmerge_adapter()
+    with adapter.adapter_scale(model, 0):
+        torch.testing.assert_close(model(images()), tiny()(images()), atol=1e-6, rtol=0)

@@ -126,18 +126,37 @@ def test_nothing_learned_is_exit_code_1(unlearn_command, capsys):
 
 def test_a_killed_run_resumes(unlearn_command, tmp_path, capsys):
     checkpoint = tmp_path / "out" / "checkpoint.safetensors"
-    command = [*unlearn_command, "--max_train_steps=4000", "--no-early_stopping", "--checkpointing_steps=1"]
+    command = [*unlearn_command, "--max_train_steps=30", "--no-early_stopping", "--checkpointing_steps=1"]
     process = subprocess.Popen([sys.executable, "-m", "vdu_peft", *command], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not checkpoint.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    resume = [*unlearn_command, "--max_train_steps=1", "--checkpointing_steps=1", "--resume_from_checkpoint=latest"]
     with safe_open(checkpoint, framework="pt") as stored:
         steps = len(json.loads(stored.metadata()["history"]))
-    assert main(resume) in (0, 1)
-    assert steps >= 1 and f"after {steps} steps" in capsys.readouterr().out
+    assert 1 <= steps < 30
+    assert main([*command, "--resume_from_checkpoint=latest"]) in (0, 1)
+    assert "after 30 steps" in capsys.readouterr().out
+
+
+FULL_DISK = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit then fails, as on a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+from vdu_peft.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("checkpointing", ["1", "0"], ids=["checkpoint", "adapter"])
+def test_a_full_disk_keeps_what_was_saved_before(unlearn_command, tmp_path, checkpointing):
+    assert main([*unlearn_command, "--checkpointing_steps=1"]) in (0, 1)
+    saved = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    command = [*unlearn_command, "--overwrite", "--seed=1", f"--checkpointing_steps={checkpointing}"]
+    run = subprocess.run([sys.executable, "-c", FULL_DISK, *command], capture_output=True, text=True)
+    assert run.returncode == 2 and "is kept" in run.stderr.splitlines()[-1], run.stderr
+    assert {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()} == saved
 
 
 @pytest.mark.parametrize("command", ["unlearn", "sample", "merge", "inspect", "demo"])

@@ -27,26 +27,45 @@ def attach(model: nn.Module, config: VDUConfig, adapter_name: str = "default") -
     """Wrap a model by ``peft.get_peft_model`` and check that every target got a variational layer.
 
     Raises:
-        ConfigError: ``target_modules`` matches nothing, or matches layers that can only become plain LoRA.
+        ConfigError: ``target_modules`` matches nothing, or matches layers that can only become plain LoRA; the
+            model is left as it was.
     """
     if any(isinstance(module, LoraLayer) for module in model.modules()):
         raise ConfigError("the model carries an adapter already; merge or unload it first")
-    try:
-        peft_model = get_peft_model(model, config, adapter_name=adapter_name)
-    except ValueError as error:
-        raise ConfigError(f"target_modules: {error}") from error
-    # PEFT gives quantised layers, embeddings and the like a plain LoRA without a word.
-    plain = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer) and adapter_name in module.r and not isinstance(module, VariationalLayer)
-    ]
-    if plain:
-        raise ConfigError(
-            f"target_modules: {plain[0]} and {len(plain) - 1} more are neither nn.Linear nor nn.Conv2d and cannot "
-            "carry a posterior; leave them out"
-        )
+    with _undone_on_error(model):
+        try:
+            peft_model = get_peft_model(model, config, adapter_name=adapter_name)
+        except ValueError as error:
+            raise ConfigError(f"target_modules: {error}") from error
+        # PEFT gives quantised layers, embeddings and the like a plain LoRA without a word.
+        plain = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, LoraLayer) and adapter_name in module.r and not isinstance(module, VariationalLayer)
+        ]
+        if plain:
+            raise ConfigError(
+                f"target_modules: {plain[0]} and {len(plain) - 1} more are neither nn.Linear nor nn.Conv2d and "
+                "cannot carry a posterior; leave them out"
+            )
     return peft_model
+
+
+@contextmanager
+def _undone_on_error(model: nn.Module) -> Iterator[None]:
+    """Take half-injected layers off again: a refused adapter must not change the caller's model."""
+    trainable = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, LoraLayer):
+                model.set_submodule(name, module.get_base_layer())
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+        if hasattr(model, "peft_config"):
+            del model.peft_config
+        raise
 
 
 def variational_layers(model: nn.Module, adapter_name: str = "default") -> Iterator[tuple[str, VariationalLayer]]:
@@ -81,7 +100,12 @@ def local_reparameterization(model: nn.Module) -> Iterator[None]:
 def posterior_sample(
     model: nn.Module, adapter_name: str = "default", generator: torch.Generator | None = None
 ) -> Iterator[None]:
-    """Inside, the adapter is one draw of the posterior, held for all forwards; outside, its mean again."""
+    """Inside, the adapter is one draw of the posterior, held for all forwards; outside, its mean again.
+
+    Raises:
+        AdapterError: the adapter is merged.
+    """
+    _refuse_merged(model, "posterior_sample")
     means = []
     for _, layer in variational_layers(model, adapter_name):
         if adapter_name in layer.lora_log_std:
@@ -97,7 +121,12 @@ def posterior_sample(
 
 @contextmanager
 def adapter_scale(model: nn.Module, scale: float) -> Iterator[None]:
-    """Inside, every active adapter's delta is multiplied by ``scale``; 0 is the base model, bit for bit."""
+    """Inside, every active adapter's delta is multiplied by ``scale``; 0 is the base model, bit for bit.
+
+    Raises:
+        AdapterError: an adapter is merged.
+    """
+    _refuse_merged(model, "adapter_scale")
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     before = [(layer.disable_adapters, dict(layer.scaling)) for layer in layers]
     for layer in layers:
@@ -115,13 +144,25 @@ def adapter_scale(model: nn.Module, scale: float) -> Iterator[None]:
             layer.scaling.update(scaling)  # unscale_layer divides, which rounds
 
 
+def _refuse_merged(model: nn.Module, context: str) -> None:
+    """A merged layer computes with its base weight alone: the context would silently do nothing."""
+    if any(isinstance(module, LoraLayer) and module.merged for module in model.modules()):
+        raise AdapterError(f"{context}: the adapter is merged into the base; unmerge_adapter() first")
+
+
 def save_adapter(peft_model: PeftModel, folder: str | Path) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors``, all or nothing.
 
     The folder appears, or is replaced, by a rename, so that an interrupted save leaves the earlier one whole.
+
+    Raises:
+        AdapterError: the folder cannot be written, as on a full disk; an earlier adapter there is kept.
     """
-    with atomic_folder(Path(folder)) as fresh:
-        peft_model.save_pretrained(fresh)
+    try:
+        with atomic_folder(Path(folder)) as fresh:
+            peft_model.save_pretrained(fresh)
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{folder}: cannot be written ({error}); what was there before is kept") from error
 
 
 @contextmanager
@@ -154,18 +195,19 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "defa
 
     Raises:
         ConfigError: no VDU adapter in the folder.
-        AdapterError: the weights are missing, unreadable, not finite, or of another model.
+        AdapterError: the weights are missing, unreadable, not finite, or of another model, which is left as it was.
     """
     config = VDUConfig.from_pretrained(folder)
     tensors = read_adapter_weights(folder)
-    peft_model = attach(model, config, adapter_name)
-    expected = get_peft_model_state_dict(peft_model, adapter_name=adapter_name)
-    for name in sorted(expected.keys() | tensors.keys()):
-        there, wanted = tensors.get(name), expected.get(name)
-        if there is None or wanted is None or there.shape != wanted.shape:
-            found = "is missing" if there is None else f"has shape {list(there.shape)}"
-            need = "does not exist" if wanted is None else f"needs {list(wanted.shape)}"
-            raise AdapterError(f"{folder}: made for another model: {name} {found}, the model's {need}")
+    with _undone_on_error(model):
+        peft_model = attach(model, config, adapter_name)
+        expected = get_peft_model_state_dict(peft_model, adapter_name=adapter_name)
+        for name in sorted(expected.keys() | tensors.keys()):
+            there, wanted = tensors.get(name), expected.get(name)
+            if there is None or wanted is None or there.shape != wanted.shape:
+                found = "is missing" if there is None else f"has shape {list(there.shape)}"
+                need = "does not exist" if wanted is None else f"needs {list(wanted.shape)}"
+                raise AdapterError(f"{folder}: made for another model: {name} {found}, the model's {need}")
     set_peft_model_state_dict(peft_model, tensors, adapter_name=adapter_name)
     return peft_model
 

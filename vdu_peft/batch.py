@@ -42,7 +42,9 @@ def draw_batch(
     replay_indices = _draw_indices(len(replay), total)
     images = torch.stack([forget, replay[replay_indices]])  # (2, total, C, H, W)
     noise = torch.randn(images.shape)
-    timesteps = torch.randint(denoiser.num_train_timesteps, (2, total))
+    num_timesteps = denoiser.num_train_timesteps
+    lowest = torch.tensor([[config.min_forget_timestep * num_timesteps // 1000], [0]])
+    timesteps = lowest + torch.randint(num_timesteps, (2, total)) * (num_timesteps - lowest) // num_timesteps
     drawn = [images, noise, timesteps]
     if replay_labels is not None:
         labels = torch.stack([torch.full((total,), config.forget_class), replay_labels[replay_indices]])

@@ -15,7 +15,7 @@ from vdu_peft.config import UnlearnConfig, VDUConfig
 CHECKPOINT_NAME = "checkpoint.safetensors"
 
 # What may differ between the interrupted run and its resumption.
-_RESUMABLE = ("max_train_steps", "checkpointing_steps", "report_to", "early_stopping")
+_RESUMABLE = ("checkpointing_steps", "report_to", "early_stopping")
 
 
 def run_options(config: UnlearnConfig, adapter: VDUConfig, forget: torch.Tensor) -> dict:
@@ -30,6 +30,9 @@ def save_checkpoint(output_dir: Path, parameters: dict, optimizer, history: list
     """Parameters and Adam's moments as tensors, history and options in the file's header.
 
     One file, replaced by one rename: a kill or a full disk at any moment leaves the earlier checkpoint loadable.
+
+    Raises:
+        AdapterError: the file cannot be written.
     """
     tensors = {f"parameter.{name}": p.detach().cpu().contiguous() for name, p in parameters.items()}
     for name, p in parameters.items():
@@ -38,6 +41,10 @@ def save_checkpoint(output_dir: Path, parameters: dict, optimizer, history: list
     try:
         save_file(tensors, fresh, metadata={"history": json.dumps(history), "run": json.dumps(options)})
         fresh.replace(output_dir / CHECKPOINT_NAME)
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(
+            f"{output_dir}: no checkpoint could be written ({error}); the earlier one is kept"
+        ) from error
     finally:
         fresh.unlink(missing_ok=True)
 

@@ -127,13 +127,15 @@ class UnlearnConfig:
         forget_target: c of the hinge: raise the forget images' denoising loss to c times the original.
         stability_weight: weight of the function-space stability on self-generated replay.
         kl_weight: weight of the KL (nats) per forget-image element.
+        min_forget_timestep: noise forget images at least to this timestep (of 1000). What an image shows is decided
+            in the noise; at lower timesteps a higher loss only makes samples noisy. 0 for the whole ELBO.
         forget_class: of a class-conditional model, the label under which it knows the forget images.
         anchor_class: what that label shall draw instead; when None, each time another label at random.
         null_class: the label that stands for no condition, where the model was trained with one: half of the
             images are then shown under it, so that it forgets and retains too.
         train_batch_size: forget images, and as many replay images, per process and step.
         max_train_steps: optimizer steps at most.
-        learning_rate: of Adam, constant.
+        learning_rate: of Adam at the first step; it falls linearly to 0 at ``max_train_steps``.
         gradient_accumulation_steps: batches per optimizer step.
         max_grad_norm: gradient clipping.
         gradient_checkpointing: recompute activations in the backward pass.
@@ -153,6 +155,7 @@ class UnlearnConfig:
     forget_target: float = 3.0
     stability_weight: float = 3.0
     kl_weight: float = 0.05
+    min_forget_timestep: int = 200
     forget_class: int | None = None
     anchor_class: int | None = None
     null_class: int | None = None
@@ -200,6 +203,8 @@ class UnlearnConfig:
             raise ConfigError("anchor_class and null_class need forget_class, the label to forget")
         if self.forget_class is not None and self.forget_class in (self.anchor_class, self.null_class):
             raise ConfigError(f"forget_class {self.forget_class} cannot be its own anchor_class or null_class")
+        if not 0 <= self.min_forget_timestep < 1000:
+            raise ConfigError(f"min_forget_timestep must lie in 0 to 999, not {self.min_forget_timestep}")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed must lie in [0, 2**32), not {self.seed}")
         if not 0 <= self.replay_keep_quantile <= 1:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -131,7 +132,6 @@ def unlearn(
             raise ConfigError("replay_labels are for class-conditional models, which need one for every replay image")
     parameters = {n: p for n, p in denoiser.model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.Adam(parameters.values(), lr=config.learning_rate)
-    network, optimizer = accelerator.prepare(denoiser.model, optimizer)
     forget_set = ImageDataset(forget, config.random_flip)
 
     options = run_options(config, peft_model.peft_config["default"], forget)
@@ -140,54 +140,53 @@ def unlearn(
         history = load_checkpoint(output_dir, parameters, optimizer, options)
     if config.report_to and accelerator.is_main_process:
         accelerator.init_trackers("unlearn", config={k: v for k, v in asdict(config).items() if v is not None})
-    progress = tqdm(total=config.max_train_steps, initial=len(history), desc="unlearn", disable=bar_off)
-
-    while len(history) < config.max_train_steps and not _stop(history, config):
-        step = len(history)
-        # Every step has its own seed, so that a resumed run draws what the uninterrupted one would have.
-        set_seed((config.seed * 1_000_003 + step) % 2**32)
-        terms: dict[str, torch.Tensor] = {}
-        for _ in range(config.gradient_accumulation_steps):
-            batch = draw_batch(forget_set, replay, replay_labels, config, denoiser, accelerator)
-            # Around the backward too: gradient checkpointing runs the forward again in it.
-            with local_reparameterization(denoiser.model):
-                batch_terms = _terms(denoiser, network, batch, config, accelerator)
-                kl = total_kl(denoiser.model)
-                loss = (
-                    batch_terms["plasticity"]
-                    + batch_terms.get("redirect", 0)
-                    + config.stability_weight * batch_terms["stability"]
-                    + config.kl_weight * kl / forget.numel()
+    bar = tqdm(total=config.max_train_steps, initial=len(history), desc="unlearn", disable=bar_off)
+    with bar, _prepared(accelerator, denoiser.model, optimizer) as (network, optimizer):
+        while len(history) < config.max_train_steps and not _stop(history, config):
+            step = len(history)
+            # Every step has its own seed, so that a resumed run draws what the uninterrupted one would have.
+            set_seed((config.seed * 1_000_003 + step) % 2**32)
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * (1 - step / config.max_train_steps)
+            terms: dict[str, torch.Tensor] = {}
+            for _ in range(config.gradient_accumulation_steps):
+                batch = draw_batch(forget_set, replay, replay_labels, config, denoiser, accelerator)
+                # Around the backward too: gradient checkpointing runs the forward again in it.
+                with local_reparameterization(denoiser.model):
+                    batch_terms = _terms(denoiser, network, batch, config, accelerator)
+                    kl = total_kl(denoiser.model)
+                    loss = (
+                        batch_terms["plasticity"]
+                        + batch_terms.get("redirect", 0)
+                        + config.stability_weight * batch_terms["stability"]
+                        + config.kl_weight * kl / forget.numel()
+                    )
+                    accelerator.backward(loss / config.gradient_accumulation_steps)
+                for name, value in {"loss": loss, "kl": kl, **batch_terms}.items():
+                    terms[name] = terms.get(name, 0) + value.detach() / config.gradient_accumulation_steps
+            record = {name: accelerator.reduce(value, "mean").item() for name, value in terms.items()}
+            grad_norm = accelerator.clip_grad_norm_(parameters.values(), config.max_grad_norm)
+            # With a gradient scaler an infinite norm is ordinary: it skips the step and lowers the scale.
+            finite_gradient = accelerator.scaler is not None or torch.isfinite(torch.as_tensor(grad_norm)).item()
+            if not (finite_gradient and torch.isfinite(torch.tensor(list(record.values()))).all()):
+                kept = _save(peft_model, output_dir, history, accelerator)
+                raise UnlearnError(
+                    f"step {step + 1}: the loss or its gradient is not finite ({record}); {kept}. "
+                    "Lower learning_rate, or use mixed_precision no"
                 )
-                accelerator.backward(loss / config.gradient_accumulation_steps)
-            for name, value in {"loss": loss, "kl": kl, **batch_terms}.items():
-                terms[name] = terms.get(name, 0) + value.detach() / config.gradient_accumulation_steps
-        record = {name: accelerator.reduce(value, "mean").item() for name, value in terms.items()}
-        grad_norm = accelerator.clip_grad_norm_(parameters.values(), config.max_grad_norm)
-        # With a gradient scaler an infinite norm is ordinary: it skips the step and lowers the scale.
-        finite_gradient = accelerator.scaler is not None or torch.isfinite(torch.as_tensor(grad_norm)).item()
-        if not (finite_gradient and torch.isfinite(torch.tensor(list(record.values()))).all()):
-            kept = _save(peft_model, output_dir, history, accelerator)
-            raise UnlearnError(
-                f"step {step + 1}: the loss or its gradient is not finite ({record}); {kept}. "
-                "Lower learning_rate, or use mixed_precision no"
-            )
-        optimizer.step()
-        optimizer.zero_grad()
-        history.append(record)
-        progress.update()
-        progress.set_postfix({name: f"{value:.3g}" for name, value in record.items()})
-        if config.report_to:
-            accelerator.log(record, step=step + 1)
-        if callback:
-            callback(step + 1, record)
-        if config.checkpointing_steps and len(history) % config.checkpointing_steps == 0 and output_dir:
-            if accelerator.is_main_process:
-                save_checkpoint(output_dir, parameters, optimizer, history, options)
-            accelerator.wait_for_everyone()
-    progress.close()
-    # Take accelerate's autocast off the caller's model again.
-    accelerator.unwrap_model(network, keep_fp32_wrapper=False)
+            optimizer.step()
+            optimizer.zero_grad()
+            history.append(record)
+            bar.update()
+            bar.set_postfix({name: f"{value:.3g}" for name, value in record.items()})
+            if config.report_to:
+                accelerator.log(record, step=step + 1)
+            if callback:
+                callback(step + 1, record)
+            if config.checkpointing_steps and len(history) % config.checkpointing_steps == 0 and output_dir:
+                if accelerator.is_main_process:
+                    save_checkpoint(output_dir, parameters, optimizer, history, options)
+                accelerator.wait_for_everyone()
     if config.report_to:
         accelerator.end_training()
 
@@ -196,6 +195,16 @@ def unlearn(
     return UnlearnResult(
         peft_model, denoiser, history, status, len(replay), sum(p.numel() for p in parameters.values())
     )
+
+
+@contextmanager
+def _prepared(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
+    """accelerate's wrapped (model, optimizer); its autocast comes off the caller's model however the run ends."""
+    network, optimizer = accelerator.prepare(model, optimizer)
+    try:
+        yield network, optimizer
+    finally:
+        accelerator.unwrap_model(network, keep_fp32_wrapper=False)
 
 
 def _check_classes(denoiser: Denoiser, config: UnlearnConfig) -> None:
