@@ -11,8 +11,11 @@ import yaml
 from diffusers import DDIMPipeline, DDPMPipeline
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 
+from vdu_peft.adapter import load_adapter
 from vdu_peft.cli import main
+from vdu_peft.demo import assets
 from vdu_peft.denoiser import Denoiser
 
 FAST = ["--max_train_steps=3", "--train_batch_size=4", "--replay_size=8", "--replay_inference_steps=2"]
@@ -57,8 +60,6 @@ def test_from_a_folder_of_pictures_to_a_merged_pipeline(pipeline_folder, unlearn
     assert main(["merge", *model_and_adapter, f"--output_dir={merged}"]) == 0
     stock = DDPMPipeline.from_pretrained(merged)  # no layer of ours in it
     assert type(stock.unet.conv_in) is torch.nn.Conv2d
-    from vdu_peft import load_adapter
-
     denoiser = Denoiser.from_pretrained(pipeline_folder)
     load_adapter(denoiser.model, tmp_path / "out" / "adapter")
     ours = denoiser.sample(2, seed=3, num_inference_steps=4)
@@ -144,7 +145,9 @@ FULL_DISK = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit then fails, as on a full disk
 resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+from vdu_peft.adapter import load_adapter
 from vdu_peft.cli import main
+from vdu_peft.demo import assets
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -166,13 +169,51 @@ def test_help_has_an_example(command, capsys):
     assert stop.value.code == 0 and f"example:\n  vdu-peft {command}" in capsys.readouterr().out
 
 
-def test_demo_runs_whole(tmp_path, capsys):
-    """Two steps and 100 samples: that every part of the demo works, not that the digit is gone."""
+STOCK_SAMPLES = """
+import sys
+from diffusers import DDIMPipeline, DDPMPipeline
+from peft import PeftModel
+from safetensors.torch import save_file
+import torch
+base, adapter, merged, out = sys.argv[1:]
+images = {}
+for name, folder in (("adapter", base), ("merged", merged)):
+    pipeline = DDPMPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    unet = PeftModel.from_pretrained(pipeline.unet, adapter).get_base_model() if name == "adapter" else pipeline.unet
+    pipeline = DDIMPipeline(unet, pipeline.scheduler)
+    generators = [torch.Generator().manual_seed(3 * 1_000_003 + i) for i in range(2)]
+    output = pipeline(batch_size=2, generator=generators, num_inference_steps=5, output_type="np").images
+    images[name] = torch.from_numpy(output).movedim(-1, 1).contiguous()
+assert not [name for name in sys.modules if name.startswith("vdu_peft")]
+save_file(images, out)
+"""
+
+
+def test_demo_runs_whole_and_stock_libraries_draw_what_we_draw(tmp_path, capsys):
+    """Few steps and 100 samples: that every part of the demo works, not that the digit is gone."""
     out = tmp_path / "demo"
-    main(["demo", f"--output_dir={out}", "--num-samples=100", "--max_train_steps=2", "--replay_size=32"])
+    options = ["--num-samples=100", "--max_train_steps=3", "--learning_rate=0.02", "--replay_size=32"]
+    main(["demo", f"--output_dir={out}", *options])
     report = json.loads((out / "report.json").read_text())
     assert report["num_samples"] == 100 and sum(report["histogram_after"]) == pytest.approx(1)
     assert report["trained_parameters"] <= 0.1 * report["model_parameters"]
     assert report["adapter_bytes"] <= 1.5e6
     assert all((out / name).is_file() for name in ("grid.png", "loss.png", "history.json"))
     assert "u-FID (judge features)" in capsys.readouterr().out
+
+    base = assets() / "ddpm"
+    assert (
+        main(["merge", f"--model={base}", f"--adapter={out / 'adapter'}", f"--output_dir={tmp_path / 'merged'}"]) == 0
+    )
+    command = [sys.executable, "-c", STOCK_SAMPLES, base, out / "adapter", tmp_path / "merged", tmp_path / "stock"]
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    stock = load_file(tmp_path / "stock")
+    denoiser = Denoiser.from_pretrained(base)
+    untouched = denoiser.sample(2, seed=3, num_inference_steps=5)
+    load_adapter(denoiser.model, out / "adapter")
+    ours = denoiser.sample(2, seed=3, num_inference_steps=5)
+    assert (ours - untouched).abs().max() > 0.1  # else an adapter that was never applied would pass
+    # float32 rounding, carried through five sampler steps; merging also rounds W + BA.
+    torch.testing.assert_close(stock["adapter"], (ours + 1) / 2, atol=1e-4, rtol=0)
+    torch.testing.assert_close(stock["merged"], (ours + 1) / 2, atol=1e-3, rtol=0)
