@@ -24,9 +24,10 @@ ALLOWED = {
     "batch": {"config", "data", "denoiser"},
     "trainer": {"adapter", "batch", "checkpoint", "config", "data", "denoiser", "objective", "replay"},
     "evaluation": {"judge", "metrics"},
+    "compose": {"adapter", "config"},
     "export": {"adapter", "denoiser"},
     "demo": {"config", "data", "denoiser", "evaluation", "judge", "trainer", "version"},
-    "cli": {"adapter", "config", "data", "demo", "denoiser", "evaluation", "export", "trainer"},
+    "cli": {"adapter", "compose", "config", "data", "demo", "denoiser", "evaluation", "export", "trainer"},
 }
 
 

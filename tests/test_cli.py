@@ -70,6 +70,21 @@ def test_from_a_folder_of_pictures_to_a_merged_pipeline(pipeline_folder, unlearn
     torch.testing.assert_close((ours + 1) / 2, torch.from_numpy(theirs).movedim(-1, 1), atol=1e-4, rtol=0)
 
 
+def test_compose(pipeline_folder, unlearn_command, tmp_path, capsys):
+    main([*unlearn_command, "--rank=3"])
+    adapter, both = tmp_path / "out" / "adapter", tmp_path / "both"
+    command = ["compose", f"--model={pipeline_folder}", f"--output_dir={both}", "--adapter", str(adapter)]
+    assert main([*command, str(adapter), "--rank=2"]) == 0
+    assert "discards: at most" in capsys.readouterr().out
+    model_and_adapter = [f"--model={pipeline_folder}", f"--adapter={both}"]
+    assert main(["inspect", *model_and_adapter]) == 0
+    assert '"r": 2' in capsys.readouterr().out
+    assert main(command) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+    assert main([*command, "--overwrite"]) == 2
+    assert "at least two adapters" in capsys.readouterr().err
+
+
 def test_options_from_a_file_and_the_command_line_wins(unlearn_command, tmp_path, capsys):
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump({"max_train_steps": 9, "rank": 2, "variational": True}))
@@ -162,7 +177,7 @@ def test_a_full_disk_keeps_what_was_saved_before(unlearn_command, tmp_path, chec
     assert {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()} == saved
 
 
-@pytest.mark.parametrize("command", ["unlearn", "sample", "merge", "inspect", "demo"])
+@pytest.mark.parametrize("command", ["unlearn", "sample", "compose", "merge", "inspect", "demo"])
 def test_help_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

@@ -1,6 +1,7 @@
 """Variational Diffusion Unlearning as a PEFT adapter."""
 
 from vdu_peft.adapter import adapter_scale, attach, load_adapter, posterior_sample, save_adapter
+from vdu_peft.compose import compose
 from vdu_peft.config import UnlearnConfig, VDUConfig
 from vdu_peft.data import ImageSource
 from vdu_peft.denoiser import Denoiser
@@ -17,6 +18,7 @@ __all__ = [
     "__version__",
     "adapter_scale",
     "attach",
+    "compose",
     "load_adapter",
     "merge",
     "posterior_sample",

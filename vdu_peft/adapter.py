@@ -51,20 +51,25 @@ def attach(model: nn.Module, config: VDUConfig, adapter_name: str = "default") -
     return peft_model
 
 
+def detach(model: nn.Module) -> None:
+    """Put a base model's own layers back in place of all adapted ones; merged deltas stay where they are."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer):
+            model.set_submodule(name, module.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+
+
 @contextmanager
 def _undone_on_error(model: nn.Module) -> Iterator[None]:
-    """Take half-injected layers off again: a refused adapter must not change the caller's model."""
+    """A refused adapter must not change the caller's model."""
     trainable = [(p, p.requires_grad) for p in model.parameters()]
     try:
         yield
     except BaseException:
-        for name, module in list(model.named_modules()):
-            if isinstance(module, LoraLayer):
-                model.set_submodule(name, module.get_base_layer())
+        detach(model)
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
-        if hasattr(model, "peft_config"):
-            del model.peft_config
         raise
 
 

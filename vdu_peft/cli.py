@@ -1,4 +1,4 @@
-"""``vdu-peft``: unlearn | sample | merge | inspect | demo. Parse, compose, print."""
+"""``vdu-peft``: unlearn | sample | compose | merge | inspect | demo. Parse, call, print."""
 
 import argparse
 import dataclasses
@@ -15,6 +15,7 @@ from datasets.exceptions import DatasetsError
 from PIL import Image
 
 from vdu_peft.adapter import AdapterError, adapter_scale, describe, load_adapter
+from vdu_peft.compose import compose
 from vdu_peft.config import ConfigError, UnlearnConfig, VDUConfig
 from vdu_peft.data import DataError, ImageSource
 from vdu_peft.demo import peak_memory_mib, run_demo
@@ -94,6 +95,18 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     sub.add_argument("--num_inference_steps", type=int, default=25)
     sub.add_argument("--output_file", type=Path, default=Path("samples.png"))
     sub.add_argument("--seed", type=int, default=0)
+
+    sub = command(
+        "compose",
+        _compose,
+        "Write one adapter that forgets what several do: the product of their posteriors.",
+        "vdu-peft compose --model base --adapter sword/adapter robe/adapter --output_dir both",
+    )
+    _model_argument(sub)
+    sub.add_argument("--adapter", type=Path, nargs="+", required=True, help="folders of two or more saved adapters")
+    sub.add_argument("--output_dir", type=Path, required=True, help="folder of the new adapter")
+    sub.add_argument("--rank", type=int, help="of the new adapter; the sum of theirs when left out")
+    sub.add_argument("--overwrite", action="store_true", help="replace an existing output_dir")
 
     sub = command(
         "merge",
@@ -265,6 +278,17 @@ def _sample(args: argparse.Namespace) -> int:
     args.output_file.parent.mkdir(parents=True, exist_ok=True)
     labelled_grids(panels, columns=8, scale=2 if denoiser.image_size[0] <= 64 else 1).save(args.output_file)
     print(f"wrote {args.output_file}")
+    return 0
+
+
+def _compose(args: argparse.Namespace) -> int:
+    _new_folder(args.output_dir, args.overwrite)
+    denoiser = Denoiser.from_pretrained(args.model)
+    discarded = compose(denoiser.model, args.adapter, args.output_dir, args.rank)
+    worst = max(discarded, key=discarded.get)
+    print(
+        f"wrote {args.output_dir}; energy of the delta that the rank discards: at most {discarded[worst]:.2%} ({worst})"
+    )
     return 0
 
 

@@ -1,0 +1,154 @@
+"""Several adapters in one: the product of their posteriors, in closed form on the deltas.
+
+Each adapter's posterior over the delta, divided by the prior that they share, is what its forget images had to
+say. The product of those factors and one prior is again Gaussian: where row spaces do not meet the means add up,
+where they do the more certain adapter counts for more. Stock PEFT's ``add_weighted_adapter`` adds means alone.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from vdu_peft.adapter import attach, detach, load_adapter, read_adapter_weights, save_adapter, variational_layers
+from vdu_peft.config import ConfigError, VDUConfig
+
+
+class Factors(NamedTuple):
+    """One layer's posterior: ΔW = B A with B ~ N(mean, diag(exp(log_std)²)); the scaling is inside ``lora_A``."""
+
+    mean: torch.Tensor  # (..., out, r)
+    log_std: torch.Tensor  # (..., out, r)
+    lora_A: torch.Tensor  # (..., r, in)
+
+
+def posterior_product(factors: Sequence[Factors], prior_std: float, rank: int) -> tuple[Factors, float]:
+    """The product p · ∏ (q_a / p) over the delta, and back to rank ``rank``.
+
+    In an orthonormal basis of the row spaces taken together every row i of the delta has the precision
+    Λ_i = I/σ² + Σ_a (Λ_ai − P_a/σ²) and the mean Λ_i⁻¹ Σ_a Λ_ai μ_ai, with P_a the projector on adapter a's row
+    space. A direction in which an adapter is less certain than the prior (Λ_ai < P_a/σ²) says nothing and is left
+    out. The mean is cut to the rank by SVD; what is left of the covariance is its diagonal in the new factor.
+
+    Args:
+        factors: of the same layer, ranks may differ.
+        prior_std: σ, the prior standard deviation of one element of the delta.
+        rank: of the result.
+
+    Returns:
+        the factors in float64, ``lora_A`` with orthonormal rows, and the share of ‖mean delta‖² that the cut discards.
+    """
+    factors = [Factors(*(t.double() for t in f)) for f in factors]
+    rows = factors[0].mean.shape[-2]
+    stacked = torch.cat([f.lora_A for f in factors], dim=-2)  # (..., R, in)
+    basis = torch.linalg.qr(stacked.mT).Q  # (..., in, R)
+    size = basis.shape[-1]
+    identity = torch.eye(size, dtype=torch.float64)
+    precision = identity.expand(*stacked.shape[:-2], rows, size, size) / prior_std**2
+    evidence = torch.zeros(*stacked.shape[:-2], rows, size, dtype=torch.float64)
+    for mean, log_std, lora_A in factors:
+        coordinates = basis.mT @ lora_A.mT  # (..., R, r): row i of the delta is coordinates @ B_i
+        inverse = torch.linalg.pinv(coordinates)  # (..., r, R)
+        # An orthonormal basis of this adapter's own row space, in which both precisions are proper.
+        own = torch.linalg.qr(coordinates).Q  # (..., R, r)
+        to_own = (inverse @ own).unsqueeze(-3)  # (..., 1, r, r)
+        excess = to_own.mT @ ((-2 * log_std).exp().unsqueeze(-1) * to_own)  # Λ_ai in that basis
+        excess = excess - torch.eye(own.shape[-1], dtype=torch.float64) / prior_std**2
+        values, vectors = torch.linalg.eigh(excess)
+        says = (values > 0).to(values.dtype)
+        # η_ai = Λ_ai μ_ai, on the directions kept.
+        posterior_mean = (mean @ coordinates.mT @ own).unsqueeze(-1)  # (..., rows, r, 1)
+        projected = vectors.mT @ posterior_mean
+        eta = vectors @ ((values * says + says / prior_std**2).unsqueeze(-1) * projected)
+        kept = (vectors * (values * says).unsqueeze(-2)) @ vectors.mT
+        own_rows = own.unsqueeze(-3)
+        precision = precision + own_rows @ kept @ own_rows.mT
+        evidence = evidence + (own_rows @ eta).squeeze(-1)
+    covariance = torch.linalg.inv(precision)
+    delta = (covariance @ evidence.unsqueeze(-1)).squeeze(-1)  # (..., rows, R)
+    # Right singular vectors of the mean delta; all R of them, also where the layer has fewer rows.
+    energy, right = torch.linalg.eigh(delta.mT @ delta)
+    energy, right = energy.flip(-1).clamp_min(0), right.flip(-1)[..., :rank]  # (..., R), (..., R, rank)
+    if rank > size:
+        raise ConfigError(f"rank {rank} exceeds the {size} directions of a layer; lower it")
+    per_row = right.unsqueeze(-3)
+    variance = (per_row.mT @ covariance @ per_row).diagonal(dim1=-2, dim2=-1)
+    discarded = energy[..., rank:].sum() / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)
+    return Factors(delta @ right, variance.log() / 2, (basis @ right).mT), discarded.item()
+
+
+def compose(
+    model: nn.Module, folders: Sequence[str | Path], output_dir: str | Path, rank: int | None = None
+) -> dict[str, float]:
+    """Write one adapter that stands for several saved ones of the same base model.
+
+    Args:
+        model: the base, without an adapter; it is left frozen, otherwise as it was.
+        folders: saved adapters.
+        output_dir: the new adapter's folder.
+        rank: of the new adapter; the sum of theirs when None, which discards nothing.
+
+    Returns:
+        for every layer the share of the mean delta's energy that the cut to ``rank`` discards.
+
+    Raises:
+        ConfigError: fewer than two adapters, a deterministic one, or priors that differ.
+        AdapterError: an adapter that does not fit the model.
+    """
+    if len(folders) < 2:
+        raise ConfigError("compose needs at least two adapters")
+    if rank is not None and rank < 1:
+        raise ConfigError(f"rank must be at least 1, not {rank}")
+    configs = [VDUConfig.from_pretrained(folder) for folder in folders]
+    for folder, config in zip(folders, configs, strict=True):
+        if not config.variational:
+            raise ConfigError(f"{folder}: is deterministic, its means say not how certain they are; use PEFT's sum")
+        if config.prior_scale != configs[0].prior_scale:
+            raise ConfigError(
+                f"{folder}: prior_scale {config.prior_scale}, but {configs[0].prior_scale} in {folders[0]}; "
+                "only posteriors of one prior have a product"
+            )
+        read_adapter_weights(folder)
+    factors: dict[str, list[Factors]] = {}
+    prior_std: dict[str, float] = {}
+    for folder in folders:
+        load_adapter(model, folder)
+        for name, layer in variational_layers(model):
+            mean, log_std, lora_A = (t.detach().cpu().double() for t in layer._factors("default"))
+            factors.setdefault(name, []).append(Factors(mean, log_std, layer.scaling["default"] * lora_A))
+            prior_std[name] = layer.prior_std["default"]
+        detach(model)
+    total = rank or sum(config.r for config in configs)
+    # A layer with few inputs has no more directions than those.
+    ranks = {name: min(total, *_directions(of_layer)) for name, of_layer in factors.items()}
+    # PEFT takes a pattern for the end of a name, too; the lookbehind makes it the whole name.
+    exactly = {f"(?<!.){re.escape(name)}": r for name, r in ranks.items() if r != total}
+    config = VDUConfig.for_model(
+        model,
+        target_modules=list(factors),
+        r=total,
+        lora_alpha=total,
+        rank_pattern=exactly,
+        alpha_pattern=exactly,
+        prior_scale=configs[0].prior_scale,
+        init_scale=configs[0].init_scale,
+    )
+    peft_model = attach(model, config)
+    discarded = {}
+    for name, layer in variational_layers(model):
+        composed, discarded[name] = posterior_product(factors[name], prior_std[name], ranks[name])
+        targets = (layer.lora_B["default"].weight, layer.lora_log_std["default"], layer.lora_A["default"].weight)
+        for parameter, value in zip(targets, composed, strict=True):
+            parameter.data.copy_(value.reshape(parameter.shape))
+    save_adapter(peft_model, output_dir)
+    detach(model)
+    return discarded
+
+
+def _directions(factors: Sequence[Factors]) -> tuple[int, int]:
+    """What bounds the rank of a layer's composed delta: ranks together, and columns."""
+    groups = factors[0].lora_A.shape[0]
+    return groups * sum(f.lora_A.shape[-2] for f in factors), groups * factors[0].lora_A.shape[-1]
