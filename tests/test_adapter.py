@@ -400,7 +400,7 @@ def test_diffusers_add_adapter(conditional_unet):
         with adapter.posterior_sample(conditional_unet):
             assert not torch.equal(conditional_unet(*x).sample, expected)
         conditional_unet.disable_adapters()
-        with adapter.local_reparameterization(conditional_unet):
+        with adapter.posterior_noise(conditional_unet):
             assert torch.equal(conditional_unet(*x).sample, expected)
     names = [name for name, _ in adapter.variational_layers(conditional_unet)]
     attentions = [n for n, m in conditional_unet.named_modules() if n.endswith((".attn1", ".attn2"))]

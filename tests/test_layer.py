@@ -8,7 +8,7 @@ from peft.tuners.lora import layer as lora
 from torch import nn
 from torch.distributions import MultivariateNormal, kl_divergence
 
-from vdu_peft.adapter import local_reparameterization
+from vdu_peft.adapter import posterior_noise
 from vdu_peft.config import VDUConfig
 from vdu_peft.layer import GaussianVariant, VariationalConv2d, VariationalLinear
 
@@ -135,7 +135,7 @@ def test_the_base_is_there_when_the_adapter_is_off(name, dtype):
     base, x = base_and_input(name, dtype)
     expected = base(x)
     model, _ = wrap(base)
-    with local_reparameterization(model), model.disable_adapter():
+    with posterior_noise(model), model.disable_adapter():
         assert torch.equal(model(x), expected)
         assert torch.equal(model(x), expected)
 
@@ -171,7 +171,7 @@ def test_merged_is_unmerged(name, dtype, variational, safe_merge):
     model.merge_adapter(safe_merge=safe_merge)
     # twice: the two forwards that are compared are each within the bound of the exact one
     assert_within(layer.base_layer(x), expected, 2 * bound)
-    with local_reparameterization(model):
+    with posterior_noise(model):
         assert torch.equal(model(x), layer.base_layer(x))
     model.unmerge_adapter()
     # Rounded at the addition, at the subtraction, and the delta once.
@@ -194,7 +194,7 @@ def test_only_the_adapter_learns(name, dtype, variational, noise):
 
     torch.manual_seed(0)
     if noise:
-        with local_reparameterization(model):
+        with posterior_noise(model):
             model(x).float().square().sum().backward()
     else:
         model(x).float().square().sum().backward()
@@ -213,6 +213,7 @@ def test_only_the_adapter_learns(name, dtype, variational, noise):
 
 @over_layers
 def test_noise_has_the_moments_of_the_posterior(name):
+    """Per output element; the covariance between positions is tested with the posterior."""
     base, x = base_and_input(name)
     model, layer = wrap(base)
     x = x[:1]
@@ -226,7 +227,7 @@ def test_noise_has_the_moments_of_the_posterior(name):
 
     torch.manual_seed(0)
     draws = 4000
-    with torch.no_grad(), local_reparameterization(model):
+    with torch.no_grad(), posterior_noise(model):
         samples = model(x.expand(draws, *x.shape[1:])).double()
     with torch.no_grad():
         mean = model(x).double()
@@ -239,7 +240,7 @@ def test_noise_has_the_moments_of_the_posterior(name):
 def test_a_deterministic_twin_has_no_noise(variational):
     base, x = base_and_input("conv")
     model, _ = wrap(base, variational=variational)
-    with local_reparameterization(model):
+    with posterior_noise(model):
         assert torch.equal(model(x), model(x)) != variational
 
 
@@ -260,7 +261,7 @@ def test_compiled(name):
     torch.compiler.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), model(x))
-    with local_reparameterization(model):  # switching the noise on has to compile anew
+    with posterior_noise(model):  # switching the noise on has to compile anew
         torch.manual_seed(0)
         expected = model(x)
         torch.manual_seed(0)
@@ -371,7 +372,7 @@ def test_peft_still_calls_us(name, ours, theirs):
     assert trainable == {"lora_A.default.weight", "lora_B.default.weight", "lora_log_std.default"}
     stored = {n.split("layer.")[1] for n in get_peft_model_state_dict(model)}
     assert stored == {"lora_A.weight", "lora_B.weight", "lora_log_std"}
-    with local_reparameterization(model):
+    with posterior_noise(model):
         assert not torch.equal(model(x), model(x))
     # A second adapter has its own; deleting takes ours along.
     model.add_adapter("other", model.peft_config["default"])

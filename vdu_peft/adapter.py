@@ -89,16 +89,16 @@ def total_kl(model: nn.Module, adapter_name: str = "default") -> torch.Tensor:
 
 
 @contextmanager
-def local_reparameterization(model: nn.Module) -> Iterator[None]:
-    """Inside, every forward draws fresh output noise from the posterior: for training."""
+def posterior_noise(model: nn.Module) -> Iterator[None]:
+    """Inside, every forward draws the posterior anew for every example of its batch: for training."""
     layers = [module for module in model.modules() if isinstance(module, VariationalLayer)]
     for layer in layers:
-        layer.local_reparameterization = True
+        layer.posterior_noise = True
     try:
         yield
     finally:
         for layer in layers:
-            layer.local_reparameterization = False
+            layer.posterior_noise = False
 
 
 @contextmanager

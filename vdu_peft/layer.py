@@ -2,7 +2,7 @@
 
 A VDU adapter *is* a LoRA: ``lora_B`` holds the posterior mean, so merging, disabling, mixed batches,
 deletion, devices and saving stay PEFT's own. What is added is one parameter, ``lora_log_std``, and a
-noisy forward that :func:`vdu_peft.adapter.local_reparameterization` switches on.
+noisy forward that :func:`vdu_peft.adapter.posterior_noise` switches on.
 """
 
 import math
@@ -58,11 +58,12 @@ class GaussianVariant(LoraVariant):
     @staticmethod
     def forward(module: "VariationalLayer", active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs):
         hidden = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
-        delta = module.lora_B[active_adapter](hidden)
-        if module.local_reparameterization:
+        if module.posterior_noise:
             groups = getattr(module.get_base_layer(), "groups", 1)
-            variance = posterior.output_variance(hidden, module.lora_log_std[active_adapter], groups)
-            delta = posterior.local_reparameterization(delta, variance)
+            mean, log_std = module.lora_B[active_adapter].weight, module.lora_log_std[active_adapter]
+            delta = posterior.sampled_output(hidden, mean, log_std, groups)
+        else:
+            delta = module.lora_B[active_adapter](hidden)
         return result + delta * module.scaling[active_adapter]
 
 
@@ -74,7 +75,7 @@ class VariationalLayer:
     other_param_names = lora.LoraLayer.other_param_names + ("prior_std",)
 
     # Off: the forward uses the posterior mean, exactly PEFT's LoRA.
-    local_reparameterization = False
+    posterior_noise = False
 
     def update_layer(self, adapter_name: str, *args, config, **kwargs) -> None:
         if not hasattr(self, "lora_log_std"):

@@ -9,7 +9,6 @@ dimensions are the groups of a grouped convolution. KLs are in nats, summed over
 """
 
 import torch
-import torch.nn.functional as F
 
 
 def gram_matrix(lora_A: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -63,16 +62,32 @@ def sample_weight(mean: torch.Tensor, log_std: torch.Tensor, generator: torch.Ge
     return mean + log_std.exp() * noise
 
 
-def local_reparameterization(output_mean: torch.Tensor, output_variance: torch.Tensor) -> torch.Tensor:
-    """A draw of the layer's output B h given its exact mean M h and variance S² h².
+def sampled_output(hidden: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor, groups: int = 1) -> torch.Tensor:
+    """B h with a draw of B ~ q(B) of its own for every example of the batch.
 
-    Kingma, Salimans, Welling 2015 (arXiv 1506.02557), eq. 6: one noise value per output element in
-    place of one per weight gives the same marginals with a lower gradient variance. Between the
-    positions of one image (pixels, tokens) the noise is independent, where a draw of B would be shared.
+    Independent between examples, as in the local reparameterisation (Kingma, Salimans, Welling 2015) and in flipout
+    (Wen et al. 2018), so that a batch averages the noise; but within an example all positions (pixels, tokens)
+    share the draw, as they do under one weight: the joint distribution is exact. B has r columns only, so the
+    draws are small, where a noise value for every output element took as long as the rest of the layer.
+
+    Args:
+        hidden: h = A x, (batch, ..., r) for a linear layer, or (batch, r, height, width) for a convolution.
+        mean: M, (out, r) or (out, r / groups, 1, 1).
+        log_std: ln S, as ``mean``.
+        groups: groups of the convolution.
+
+    Returns:
+        (batch, ..., out) or (batch, out, height, width).
     """
-    # The square root's gradient is infinite at 0, which h = 0 (a padded border, a dead unit) reaches.
-    tiny = torch.finfo(output_variance.dtype).tiny
-    return output_mean + output_variance.clamp_min(tiny).sqrt() * torch.randn_like(output_mean)
+    batch = len(hidden)
+    flat = mean.flatten(1)
+    weight = torch.addcmul(
+        flat, log_std.flatten(1).exp(), torch.randn(batch, *flat.shape, dtype=flat.dtype, device=flat.device)
+    )
+    if mean.ndim == 4:
+        output = weight.unflatten(1, (groups, -1)) @ hidden.flatten(2).unflatten(1, (groups, -1))
+        return output.reshape(batch, -1, *hidden.shape[2:])
+    return (hidden.reshape(batch, -1, hidden.shape[-1]) @ weight.mT).reshape(*hidden.shape[:-1], -1)
 
 
 def signal_to_noise(mean: torch.Tensor, log_std: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
@@ -80,20 +95,3 @@ def signal_to_noise(mean: torch.Tensor, log_std: torch.Tensor, gram: torch.Tenso
     signal = torch.einsum("...ij,...jk,...ik->", mean, gram, mean)
     noise = (torch.exp(2 * log_std) * gram.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)).sum()
     return signal / noise
-
-
-def output_variance(hidden: torch.Tensor, log_std: torch.Tensor, groups: int = 1) -> torch.Tensor:
-    """Var[B h] = S² h², elementwise squares.
-
-    Args:
-        hidden: h = A x, (batch, ..., r) for a linear layer, or (batch, r, height, width) for a convolution.
-        log_std: (out, r) or (out, r / groups, 1, 1).
-        groups: groups of the convolution.
-    """
-    # Squares leave float16's range at both ends, so at least float32, under autocast too.
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    square, variance = hidden.to(dtype).square(), torch.exp(2 * log_std.to(dtype))
-    with torch.autocast(hidden.device.type, enabled=False):
-        if log_std.ndim == 4:
-            return F.conv2d(square, variance, groups=groups)
-        return F.linear(square, variance)

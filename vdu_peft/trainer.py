@@ -14,7 +14,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 
 from vdu_peft import objective
-from vdu_peft.adapter import adapter_scale, attach, local_reparameterization, save_adapter, total_kl
+from vdu_peft.adapter import adapter_scale, attach, posterior_noise, save_adapter, total_kl
 from vdu_peft.batch import Batch, draw_batch
 from vdu_peft.checkpoint import load_checkpoint, run_options, save_checkpoint
 from vdu_peft.config import ConfigError, UnlearnConfig, VDUConfig
@@ -152,7 +152,7 @@ def unlearn(
             for _ in range(config.gradient_accumulation_steps):
                 batch = draw_batch(forget_set, replay, replay_labels, config, denoiser, accelerator)
                 # Around the backward too: gradient checkpointing runs the forward again in it.
-                with local_reparameterization(denoiser.model):
+                with posterior_noise(denoiser.model):
                     batch_terms = _terms(denoiser, network, batch, config, accelerator)
                     kl = total_kl(denoiser.model)
                     loss = (
