@@ -23,11 +23,11 @@ ALLOWED = {
     "checkpoint": {"adapter", "config"},
     "batch": {"config", "data", "denoiser"},
     "trainer": {"adapter", "batch", "checkpoint", "config", "data", "denoiser", "objective", "replay"},
-    "evaluation": {"judge", "metrics"},
+    "evaluation": {"judge", "metrics", "version"},
     "compose": {"adapter", "config"},
     "export": {"adapter", "denoiser"},
-    "demo": {"config", "data", "denoiser", "evaluation", "judge", "trainer", "version"},
-    "cli": {"adapter", "compose", "config", "data", "demo", "denoiser", "evaluation", "export", "trainer"},
+    "demo": {"config", "data", "denoiser", "evaluation", "judge", "trainer"},
+    "cli": {"adapter", "compose", "config", "data", "demo", "denoiser", "evaluation", "export", "judge", "trainer"},
 }
 
 

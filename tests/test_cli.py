@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from vdu_peft.adapter import load_adapter
 from vdu_peft.cli import main
 from vdu_peft.demo import assets
 from vdu_peft.denoiser import Denoiser
+from vdu_peft.evaluation import Report
 
 FAST = ["--max_train_steps=3", "--train_batch_size=4", "--replay_size=8", "--replay_inference_steps=2"]
 
@@ -177,7 +179,7 @@ def test_a_full_disk_keeps_what_was_saved_before(unlearn_command, tmp_path, chec
     assert {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()} == saved
 
 
-@pytest.mark.parametrize("command", ["unlearn", "sample", "compose", "merge", "inspect", "demo"])
+@pytest.mark.parametrize("command", ["unlearn", "sample", "compose", "merge", "inspect", "evaluate", "demo"])
 def test_help_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
@@ -213,10 +215,26 @@ def test_demo_runs_whole_and_stock_libraries_draw_what_we_draw(tmp_path, capsys)
     assert report["num_samples"] == 100 and sum(report["histogram_after"]) == pytest.approx(1)
     assert report["trained_parameters"] <= 0.1 * report["model_parameters"]
     assert report["adapter_bytes"] <= 1.5e6
-    assert all((out / name).is_file() for name in ("grid.png", "loss.png", "history.json"))
+    assert all((out / name).is_file() for name in ("grid.png", "loss.png", "histogram.png", "history.json"))
     assert "u-FID (judge features)" in capsys.readouterr().out
 
     base = assets() / "ddpm"
+    evaluate = [
+        "evaluate",
+        f"--model={base}",
+        f"--adapter={out / 'adapter'}",
+        f"--judge={assets() / 'judge.safetensors'}",
+    ]
+    evaluate += [f"--reference={assets() / 'images.npz'}", "--image_column=reference_images"]
+    evaluate += ["--label_column=reference_labels", "--num_samples=100", f"--output_dir={tmp_path / 'report'}"]
+    assert main([*evaluate, "--forget_class=10"]) == 2
+    assert "forget_class must lie in 0 to 9" in capsys.readouterr().err
+    assert main([*evaluate, "--forget_class=1"]) == 0
+    again = json.loads((tmp_path / "report" / "report.json").read_text())
+    figures = {f.name for f in fields(Report)}
+    assert {name: again[name] for name in figures} == {name: report[name] for name in figures}
+    assert all((tmp_path / "report" / name).is_file() for name in ("grid.png", "histogram.png"))
+
     assert (
         main(["merge", f"--model={base}", f"--adapter={out / 'adapter'}", f"--output_dir={tmp_path / 'merged'}"]) == 0
     )

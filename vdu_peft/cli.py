@@ -1,4 +1,4 @@
-"""``vdu-peft``: unlearn | sample | compose | merge | inspect | demo. Parse, call, print."""
+"""``vdu-peft``: unlearn | sample | compose | merge | inspect | evaluate | demo. Parse, call, print."""
 
 import argparse
 import dataclasses
@@ -20,13 +20,14 @@ from vdu_peft.config import ConfigError, UnlearnConfig, VDUConfig
 from vdu_peft.data import DataError, ImageSource
 from vdu_peft.demo import peak_memory_mib, run_demo
 from vdu_peft.denoiser import Denoiser, ModelError
-from vdu_peft.evaluation import labelled_grids
+from vdu_peft.evaluation import evaluate, histogram_plot, labelled_grids, versions
 from vdu_peft.export import merge
+from vdu_peft.judge import Judge, JudgeError
 from vdu_peft.trainer import UnlearnError, unlearn
 
 # The adapter's options, by the names that diffusers' LoRA scripts use.
 ADAPTER_OPTIONS = {"rank": "r", "lora_alpha": "lora_alpha", "prior_scale": "prior_scale", "init_scale": "init_scale"}
-BAD_INPUT = (AdapterError, ConfigError, DataError, ModelError, DatasetsError, OSError)
+BAD_INPUT = (AdapterError, ConfigError, DataError, JudgeError, ModelError, DatasetsError, OSError)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -127,6 +128,31 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     _model_argument(sub)
     sub.add_argument("--adapter", type=Path, required=True)
+
+    sub = command(
+        "evaluate",
+        _evaluate,
+        "Measure what an adapter forgot and what it cost, by a judge and real images.",
+        "vdu-peft evaluate --model base --adapter out/adapter --judge judge.safetensors --reference test.npz "
+        "--image_column images --label_column labels --forget_class 3 --output_dir report",
+    )
+    _model_argument(sub)
+    sub.add_argument("--adapter", type=Path, required=True)
+    sub.add_argument(
+        "--judge", type=Path, required=True, help="safetensors of a classifier, see examples/train_judge.py"
+    )
+    sub.add_argument("--reference", required=True, help=".npz or hub dataset of real images with labels")
+    sub.add_argument("--dataset_split", default="test", help="split of a hub dataset")
+    sub.add_argument("--image_column", help="image column of a hub dataset, or array name in an .npz")
+    sub.add_argument("--label_column", required=True, help="label column of a hub dataset, or array name in an .npz")
+    sub.add_argument("--forget_class", type=int, required=True, help="the judge's number of the forgotten class")
+    sub.add_argument(
+        "--num_samples", type=int, default=1000, help="samples with the adapter off, and as many with it on"
+    )
+    sub.add_argument("--num_inference_steps", type=int, default=25)
+    sub.add_argument("--output_dir", type=Path, required=True, help="gets report.json, grid.png and histogram.png")
+    sub.add_argument("--overwrite", action="store_true", help="write into an output_dir that is not empty")
+    sub.add_argument("--seed", type=int, default=1)
 
     sub = command(
         "demo",
@@ -318,28 +344,54 @@ def _inspect(args: argparse.Namespace) -> int:
     return 0
 
 
+def _evaluate(args: argparse.Namespace) -> int:
+    _check_evaluation(args.num_samples)
+    _new_folder(args.output_dir, args.overwrite)
+    judge = Judge.from_file(args.judge)
+    num_classes = judge.head.out_features
+    if not 0 <= args.forget_class < num_classes:
+        raise ConfigError(f"forget_class must lie in 0 to {num_classes - 1}, the judge's classes")
+    denoiser = Denoiser.from_pretrained(args.model)
+    source = ImageSource(
+        args.reference, split=args.dataset_split, image_column=args.image_column, label_column=args.label_column
+    )
+    reference, labels = source.load_labelled(denoiser.image_size, denoiser.channels)
+    denoiser.model = load_adapter(denoiser.model, args.adapter).get_base_model()
+    sampling = {"seed": args.seed, "num_inference_steps": args.num_inference_steps}
+    if denoiser.num_classes:
+        sampling["class_labels"] = [i % denoiser.num_classes for i in range(args.num_samples)]
+    with adapter_scale(denoiser.model, 0):
+        before = denoiser.sample(args.num_samples, progress="adapter off", **sampling)
+    after = denoiser.sample(args.num_samples, progress="adapter on", **sampling)
+    report = evaluate(before, after, judge, args.forget_class, reference, labels)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    panels = {"adapter off": before[:80], "adapter on": after[:80]}
+    labelled_grids(panels, scale=2 if denoiser.image_size[0] <= 64 else 1).save(args.output_dir / "grid.png")
+    histogram_plot(report, args.output_dir / "histogram.png")
+    context = {name: str(getattr(args, name)) for name in ("model", "adapter", "judge", "reference")}
+    sampler = f"DDIM, {args.num_inference_steps} steps, seed {args.seed}"
+    report.save(args.output_dir / "report.json", **context, sampler=sampler, versions=versions())
+    print("\n".join(report.lines()))
+    return 0
+
+
+def _check_evaluation(num_samples: int) -> None:
+    if num_samples < 100:
+        raise ConfigError(f"num-samples must be at least 100 for a u-FID on 64 features, not {num_samples}")
+    for library in ("matplotlib", "scipy", "torchmetrics"):
+        if find_spec(library) is None:
+            raise ConfigError(f"evaluation needs {library}: pip install 'vdu-peft[eval]'")
+
+
 def _demo(args: argparse.Namespace) -> int:
     config, adapter_options = _run_config(args)
-    if args.num_samples < 100:
-        raise ConfigError(f"num-samples must be at least 100 for a u-FID on 64 features, not {args.num_samples}")
-    for library in ("matplotlib", "torchmetrics"):
-        if find_spec(library) is None:
-            raise ConfigError(f"the demo needs {library}: pip install 'vdu-peft[eval]'")
+    _check_evaluation(args.num_samples)
     _new_folder(args.output_dir, args.overwrite)
     if args.output_dir.exists():
         shutil.rmtree(args.output_dir)
     result, report = run_demo(args.forget_digit, args.output_dir, config, adapter_options, args.num_samples)
     code = _outcome(result, args.output_dir)
-    print(
-        f"share of {report.forget_class}: {report.share_before:.1%} -> {report.share_after:.1%}, PUL {report.pul:.1f} %"
-    )
-    print(
-        f"u-FID (judge features): {report.u_fid_before:.1f} -> {report.u_fid_after:.1f} "
-        f"(base against all digits {report.fid_before:.1f})"
-    )
-    print("digit   " + "".join(f"{d:>7}" for d in range(10)))
-    for title, shares in (("before", report.histogram_before), ("after", report.histogram_after)):
-        print(f"{title:<8}" + "".join(f"{share:>7.1%}" for share in shares))
+    print("\n".join(report.lines()))
     written = json.loads((args.output_dir / "report.json").read_text())
     print(
         f"{written['total_seconds']:.0f} s ({written['unlearning_seconds']:.0f} s unlearning), "

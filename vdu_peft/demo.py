@@ -13,10 +13,9 @@ import torch
 from vdu_peft.config import UnlearnConfig, VDUConfig
 from vdu_peft.data import ImageSource, to_tensor
 from vdu_peft.denoiser import Denoiser
-from vdu_peft.evaluation import Report, evaluate, labelled_grids, loss_plot
+from vdu_peft.evaluation import Report, evaluate, histogram_plot, labelled_grids, loss_plot, versions
 from vdu_peft.judge import Judge
 from vdu_peft.trainer import UnlearnResult, unlearn
-from vdu_peft.version import __version__
 
 SAMPLE_STEPS = 25
 
@@ -57,6 +56,7 @@ def run_demo(
         output_dir / "grid.png"
     )
     loss_plot(result.history, output_dir / "loss.png")
+    histogram_plot(report, output_dir / "histogram.png")
     model_parameters = sum(p.numel() for p in denoiser.model.parameters()) - result.trained_parameters
     report.save(
         output_dir / "report.json",
@@ -73,7 +73,7 @@ def run_demo(
         sampler=f"DDIM, {SAMPLE_STEPS} steps, seed {config.seed + 1}",
         config=asdict(config),
         adapter={"r": adapter.r, "prior_scale": adapter.prior_scale, "init_scale": adapter.init_scale},
-        versions={"vdu_peft": __version__, "torch": torch.__version__},
+        versions=versions(),
     )
     return result, report
 

@@ -4,12 +4,22 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
 from vdu_peft.judge import Judge
-from vdu_peft.metrics import class_shares, frechet_distance, pul
+from vdu_peft.metrics import (
+    class_shares,
+    frechet_distance,
+    kernel_distance,
+    precision_recall,
+    pul,
+    pul_interval,
+    retained_distance,
+)
+from vdu_peft.version import __version__
 
 
 @dataclass(frozen=True)
@@ -17,9 +27,12 @@ class Report:
     """How much of a class is gone, and what it cost.
 
     Attributes:
-        pul: percentage of unlearning, by the judge.
+        pul: percentage of unlearning, by the judge; pul_interval is its 95 % confidence interval.
         u_fid_before, u_fid_after: of the samples against real images without the forget class, judge features.
         fid_before: of the base model's samples against real images of all classes.
+        kid_before, kid_after: as the u-FIDs, by the kernel distance.
+        precision, recall: of the unlearned model's samples against the same real images.
+        retained_distance: total variation between the retained classes' proportions before and after.
         histogram_before, histogram_after: share of every class.
     """
 
@@ -28,15 +41,42 @@ class Report:
     share_before: float
     share_after: float
     pul: float
+    pul_interval: tuple[float, float]
     fid_before: float
     u_fid_before: float
     u_fid_after: float
+    kid_before: float
+    kid_after: float
+    precision: float
+    recall: float
+    retained_distance: float
     histogram_before: list[float]
     histogram_after: list[float]
+
+    def lines(self) -> list[str]:
+        """The report for a person to read."""
+        low, high = self.pul_interval
+        rows = [
+            f"share of {self.forget_class}: {self.share_before:.1%} -> {self.share_after:.1%}, "
+            f"PUL {self.pul:.1f} % (95 % interval {low:.1f} to {high:.1f}), {self.num_samples} samples",
+            f"u-FID (judge features): {self.u_fid_before:.1f} -> {self.u_fid_after:.1f} "
+            f"(base against all classes {self.fid_before:.1f}); KID {self.kid_before:.3f} -> {self.kid_after:.3f}",
+            f"precision {self.precision:.2f}, recall {self.recall:.2f}; "
+            f"retained classes moved by {self.retained_distance:.3f} (total variation)",
+            "class   " + "".join(f"{c:>7}" for c in range(len(self.histogram_before))),
+        ]
+        for title, shares in (("before", self.histogram_before), ("after", self.histogram_after)):
+            rows.append(f"{title:<8}" + "".join(f"{share:>7.1%}" for share in shares))
+        return rows
 
     def save(self, file: Path, **context) -> None:
         """Write the figures as JSON with whatever tells how they came about."""
         file.write_text(json.dumps({**asdict(self), **context}, indent=2, default=str) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Of what makes the figures."""
+    return {"vdu_peft": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
 
 
 def evaluate(
@@ -54,6 +94,7 @@ def evaluate(
     retained = real[reference_labels != forget_class]
     num_classes = judge.head.out_features
     shares_before, shares_after = class_shares(labels_before, num_classes), class_shares(labels_after, num_classes)
+    precision, recall = precision_recall(features_after, retained)
     share_before, share_after = shares_before[forget_class].item(), shares_after[forget_class].item()
     return Report(
         forget_class=forget_class,
@@ -61,9 +102,20 @@ def evaluate(
         share_before=share_before,
         share_after=share_after,
         pul=pul(share_before, share_after),
+        pul_interval=pul_interval(
+            int((labels_before == forget_class).sum()),
+            int((labels_after == forget_class).sum()),
+            len(before),
+            len(after),
+        ),
         fid_before=frechet_distance(features_before, real),
         u_fid_before=frechet_distance(features_before, retained),
         u_fid_after=frechet_distance(features_after, retained),
+        kid_before=kernel_distance(features_before, retained),
+        kid_after=kernel_distance(features_after, retained),
+        precision=precision,
+        recall=recall,
+        retained_distance=retained_distance(shares_before, shares_after, forget_class),
         histogram_before=shares_before.tolist(),
         histogram_after=shares_after.tolist(),
     )
@@ -94,6 +146,20 @@ def labelled_grids(panels: dict[str, torch.Tensor], columns: int = 10, scale: in
         sheet.paste(grid, (left, header))
         left += grid.width + margin
     return sheet
+
+
+def histogram_plot(report: Report, file: Path) -> None:
+    """Share of every class before and after."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axes = figure.subplots()
+    classes = np.arange(len(report.histogram_before))
+    axes.bar(classes - 0.2, report.histogram_before, 0.4, label="before")
+    axes.bar(classes + 0.2, report.histogram_after, 0.4, label=f"after forgetting {report.forget_class}")
+    axes.set(xlabel="class", ylabel="share of samples", xticks=classes)
+    axes.legend()
+    figure.savefig(file, dpi=100)
 
 
 def loss_plot(history: list[dict[str, float]], file: Path) -> None:

@@ -9,6 +9,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 
+class JudgeError(ValueError):
+    """A judge that cannot be loaded; the message names the file and the mend."""
+
+
 class Judge(nn.Module):
     """Two convolutions and two linear layers for 28 x 28 grayscale images in [-1, 1].
 
@@ -45,11 +49,11 @@ class Judge(nn.Module):
         """Read safetensors weights.
 
         Raises:
-            ValueError: the file is missing, unreadable or of another network.
+            JudgeError: the file is missing, unreadable or of another network.
         """
         judge = cls()
         try:
             judge.load_state_dict({name: tensor.float() for name, tensor in load_file(file).items()})
         except (OSError, SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{file}: not the weights of a judge ({str(error).splitlines()[0]})") from error
+            raise JudgeError(f"{file}: not the weights of a judge ({str(error).splitlines()[0]})") from error
         return judge.eval()

@@ -1,5 +1,7 @@
 """What was forgotten and at what cost: pure functions of features (N, F) and labels (N,)."""
 
+import warnings
+
 import torch
 
 
@@ -14,6 +16,67 @@ def pul(share_before: float, share_after: float) -> float:
     100 when the class is gone, 0 when nothing changed, negative when it grew; nan if it was never drawn.
     """
     return 100 * (share_before - share_after) / share_before if share_before > 0 else float("nan")
+
+
+def pul_interval(
+    before: int, after: int, num_before: int, num_after: int, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Confidence interval of :func:`pul` from counts of forget-class samples among all drawn.
+
+    Given their sum, ``after`` is binomial with odds (share after · num_after) / (share before · num_before) where
+    shares are small (Przyborowski and Wilenski 1940), so the exact binomial interval of Clopper and Pearson serves;
+    a little too wide otherwise. (nan, nan) if the class was never drawn.
+    """
+    from scipy.stats import binomtest
+
+    if before + after == 0:
+        return float("nan"), float("nan")
+    interval = binomtest(after, before + after).proportion_ci(confidence, method="exact")
+    low, high = (p / (1 - p) * num_before / num_after if p < 1 else float("inf") for p in interval)
+    return 100 * (1 - high), 100 * (1 - low)
+
+
+def retained_distance(shares_before: torch.Tensor, shares_after: torch.Tensor, forget_class: int) -> float:
+    """Total variation between the retained classes' distributions, in [0, 1]: 0 when their proportions are the same."""
+    keep = torch.arange(len(shares_before)) != forget_class
+    before, after = (shares[keep] / shares[keep].sum() for shares in (shares_before, shares_after))
+    return (before - after).abs().sum().item() / 2
+
+
+def precision_recall(features: torch.Tensor, reference: torch.Tensor, neighbours: int = 3) -> tuple[float, float]:
+    """Share of samples inside the real images' manifold, and of real images inside the samples' one.
+
+    A manifold is the union of balls around its points that reach to the ``neighbours``-th nearest other point
+    (Kynkäänniemi et al. 2019).
+    """
+    features, reference = features.double(), reference.double()
+
+    def radii(points: torch.Tensor) -> torch.Tensor:
+        # The nearest of all is the point itself.
+        return torch.cdist(points, points).kthvalue(neighbours + 1, dim=1).values
+
+    distance = torch.cdist(features, reference)
+    precision = (distance <= radii(reference)).any(1).double().mean().item()
+    recall = (distance <= radii(features)[:, None]).any(0).double().mean().item()
+    return precision, recall
+
+
+def kernel_distance(features: torch.Tensor, reference: torch.Tensor, seed: int = 0) -> float:
+    """KID (Binkowski et al. 2018) on the given features, by torchmetrics: mean over 100 subsets of at most 100."""
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    identity = torch.nn.Identity()
+    identity.num_features = features.shape[1]
+    subset_size = min(len(features), len(reference), 100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it keeps the features, which lie in memory anyway
+        kid = KernelInceptionDistance(feature=identity, subsets=100, subset_size=subset_size)
+    kid.set_dtype(torch.float64)
+    kid.update(reference.double(), real=True)
+    kid.update(features.double(), real=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # of the subsets
+        return kid.compute()[0].item()
 
 
 def frechet_distance(features: torch.Tensor, reference: torch.Tensor) -> float:
