@@ -459,3 +459,82 @@ def test_contexts_refuse_a_merged_adapter():
     model.unmerge_adapter()
     with adapter.adapter_scale(model, 0):
         torch.testing.assert_close(model(images()), tiny()(images()), atol=1e-6, rtol=0)
+
+
+# Several adapters
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Folders of two adapters of the same base, ranks 4 and 2, and the outputs with each alone."""
+    folders, outputs = [], []
+    for seed, options in enumerate(({}, {"r": 2, "lora_alpha": 6})):
+        model = trained(tiny(), **options)
+        torch.manual_seed(10 + seed)
+        for _, layer in adapter.variational_layers(model):
+            nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
+        adapter.save_adapter(model, tmp_path / str(seed))
+        folders.append(tmp_path / str(seed))
+        outputs.append(model(images()).detach())
+    return folders, outputs
+
+
+def both(folders):
+    model = adapter.load_adapter(tiny(), folders[0], "first").eval()
+    return adapter.load_adapter(model, folders[1], "second")
+
+
+def test_adapters_are_switched_and_add_up(pair):
+    folders, outputs = pair
+    model = both(folders)
+    close = {"atol": 1e-6, "rtol": 0}
+    torch.testing.assert_close(model(images()), outputs[0], **close)  # the second waits
+    model.set_adapter("second")
+    torch.testing.assert_close(model(images()), outputs[1], **close)
+    mixed = model(images(), adapter_names=["first", "second"])
+    torch.testing.assert_close(mixed, torch.stack([outputs[0][0], outputs[1][1]]), **close)
+
+    model.base_model.set_adapter(["first", "second"])
+    dense = tiny()
+    for _, layer in adapter.variational_layers(model, "first"):
+        target = dense[0] if layer.get_base_layer().weight.ndim == 4 else dense[3]
+        target.weight.data += layer.get_delta_weight("first") + layer.get_delta_weight("second")
+    torch.testing.assert_close(model(images()), dense(images()), **close)
+    with adapter.adapter_scale(model, 0):
+        assert torch.equal(model(images()), tiny()(images()))
+    model.merge_adapter()
+    torch.testing.assert_close(model(images()), dense(images()), **close)
+    model.unmerge_adapter()
+    model.delete_adapter("first")
+    model.set_adapter("second")
+    torch.testing.assert_close(model(images()), outputs[1], **close)
+
+
+def test_the_second_adapter_keeps_its_posterior(pair):
+    folders, _ = pair
+    model = both(folders)
+    alone = dict(adapter.variational_layers(adapter.load_adapter(tiny(), folders[1])))
+    for name, layer in adapter.variational_layers(model, "second"):
+        assert torch.equal(layer.lora_log_std["second"], alone[name].lora_log_std["default"])
+        assert layer.kl("second") == alone[name].kl("default")
+
+
+def test_a_second_adapter_that_does_not_fit_is_taken_off_again(pair, tmp_path):
+    folders, outputs = pair
+    model = adapter.load_adapter(tiny(), folders[0], "first").eval()
+    with pytest.raises(ConfigError, match="has an adapter 'first' already"):
+        adapter.load_adapter(model, folders[1], "first")
+    wide = trained(tiny(width=6))
+    adapter.save_adapter(wide, tmp_path / "wide")
+    flags = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(AdapterError, match="made for another model"):
+        adapter.load_adapter(model, tmp_path / "wide", "second")
+    other = adapter.attach(nn.Sequential(nn.Linear(4, 4)), VDUConfig(target_modules=["0"]))
+    other.save_pretrained(tmp_path / "other")
+    drop = tmp_path / "other" / WEIGHTS
+    save_file({k: v for k, v in load_file(drop).items() if "lora_A" not in k}, drop)
+    with pytest.raises(AdapterError, match="made for another model"):
+        adapter.load_adapter(model, tmp_path / "other", "second")
+    assert set(model.peft_config) == {"first"}
+    assert [p.requires_grad for p in model.parameters()] == flags
+    torch.testing.assert_close(model(images()), outputs[0], atol=1e-6, rtol=0)

@@ -25,6 +25,7 @@ ALLOWED = {
     "trainer": {"adapter", "batch", "checkpoint", "config", "data", "denoiser", "objective", "replay"},
     "evaluation": {"judge", "metrics", "version"},
     "compose": {"adapter", "config"},
+    "hotswap": {"adapter", "config"},
     "export": {"adapter", "denoiser"},
     "demo": {"config", "data", "denoiser", "evaluation", "judge", "trainer"},
     "cli": {"adapter", "compose", "config", "data", "demo", "denoiser", "evaluation", "export", "judge", "trainer"},

@@ -6,6 +6,7 @@ from vdu_peft.config import UnlearnConfig, VDUConfig
 from vdu_peft.data import ImageSource
 from vdu_peft.denoiser import Denoiser
 from vdu_peft.export import merge
+from vdu_peft.hotswap import hotswap, prepare_hotswap
 from vdu_peft.trainer import UnlearnResult, unlearn
 from vdu_peft.version import __version__
 
@@ -19,9 +20,11 @@ __all__ = [
     "adapter_scale",
     "attach",
     "compose",
+    "hotswap",
     "load_adapter",
     "merge",
     "posterior_sample",
+    "prepare_hotswap",
     "save_adapter",
     "unlearn",
 ]

@@ -1,5 +1,6 @@
 """The adapter as a whole: attach it to a model, sum over its layers, switch its noise, save and load it."""
 
+import copy
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -133,7 +134,8 @@ def adapter_scale(model: nn.Module, scale: float) -> Iterator[None]:
     """
     _refuse_merged(model, "adapter_scale")
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    before = [(layer.disable_adapters, dict(layer.scaling)) for layer in layers]
+    # After prepare_hotswap the scalings are tensors, which PEFT scales in place and a compiled model holds on to.
+    before = [(layer.disable_adapters, copy.deepcopy(dict(layer.scaling))) for layer in layers]
     for layer in layers:
         if scale == 0:
             # Not enable_adapters(False): that also flips requires_grad, which drops the gradient hooks of
@@ -146,7 +148,11 @@ def adapter_scale(model: nn.Module, scale: float) -> Iterator[None]:
     finally:
         for layer, (disabled, scaling) in zip(layers, before, strict=True):
             layer._disable_adapters = disabled
-            layer.scaling.update(scaling)  # unscale_layer divides, which rounds
+            for name, value in scaling.items():  # unscale_layer divides, which rounds
+                if isinstance(value, torch.Tensor):
+                    layer.scaling[name].copy_(value)
+                else:
+                    layer.scaling[name] = value
 
 
 def _refuse_merged(model: nn.Module, context: str) -> None:
@@ -196,25 +202,46 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def load_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "default") -> PeftModel:
-    """Attach a saved adapter with its full posterior, for inference; call ``train()`` contexts to go on.
+    """Attach a saved adapter with its full posterior; to a PeftModel as one more, inactive until ``set_adapter``.
 
     Raises:
-        ConfigError: no VDU adapter in the folder.
+        ConfigError: no VDU adapter in the folder, or the name is taken.
         AdapterError: the weights are missing, unreadable, not finite, or of another model, which is left as it was.
     """
     config = VDUConfig.from_pretrained(folder)
     tensors = read_adapter_weights(folder)
-    with _undone_on_error(model):
-        peft_model = attach(model, config, adapter_name)
-        expected = get_peft_model_state_dict(peft_model, adapter_name=adapter_name)
-        for name in sorted(expected.keys() | tensors.keys()):
-            there, wanted = tensors.get(name), expected.get(name)
-            if there is None or wanted is None or there.shape != wanted.shape:
-                found = "is missing" if there is None else f"has shape {list(there.shape)}"
-                need = "does not exist" if wanted is None else f"needs {list(wanted.shape)}"
-                raise AdapterError(f"{folder}: made for another model: {name} {found}, the model's {need}")
+    if not isinstance(model, PeftModel):
+        with _undone_on_error(model):
+            peft_model = attach(model, config, adapter_name)
+            _check_fit(peft_model, tensors, adapter_name, folder)
+    else:
+        peft_model = model
+        if adapter_name in peft_model.peft_config:
+            raise ConfigError(f"the model has an adapter {adapter_name!r} already; choose another adapter_name")
+        trainable = [(p, p.requires_grad) for p in peft_model.parameters()]
+        try:
+            peft_model.add_adapter(adapter_name, config)
+            _check_fit(peft_model, tensors, adapter_name, folder)
+        except BaseException as error:
+            if adapter_name in peft_model.peft_config:
+                peft_model.delete_adapter(adapter_name)
+            for parameter, requires_grad in trainable:
+                parameter.requires_grad_(requires_grad)
+            if isinstance(error, ValueError) and not isinstance(error, AdapterError):
+                raise AdapterError(f"{folder}: made for another model: {error}") from error
+            raise
     set_peft_model_state_dict(peft_model, tensors, adapter_name=adapter_name)
     return peft_model
+
+
+def _check_fit(peft_model: PeftModel, tensors: dict[str, torch.Tensor], adapter_name: str, folder) -> None:
+    expected = get_peft_model_state_dict(peft_model, adapter_name=adapter_name)
+    for name in sorted(expected.keys() | tensors.keys()):
+        there, wanted = tensors.get(name), expected.get(name)
+        if there is None or wanted is None or there.shape != wanted.shape:
+            found = "is missing" if there is None else f"has shape {list(there.shape)}"
+            need = "does not exist" if wanted is None else f"needs {list(wanted.shape)}"
+            raise AdapterError(f"{folder}: made for another model: {name} {found}, the model's {need}")
 
 
 def read_adapter_weights(folder: str | Path) -> dict[str, torch.Tensor]:

@@ -1,0 +1,101 @@
+"""Swapping in a live model against loading anew, and what must not be recompiled or changed by a refusal."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import tiny_unet
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+from vdu_peft.adapter import AdapterError, adapter_scale, attach, load_adapter, save_adapter, variational_layers
+from vdu_peft.config import VDUConfig
+from vdu_peft.hotswap import hotswap, prepare_hotswap
+
+INPUT = (torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([5, 500]))
+
+
+def saved(folder, seed, **options):
+    model = tiny_unet()
+    peft_model = attach(model, VDUConfig.for_model(model, **options))
+    torch.manual_seed(seed)
+    for _, layer in variational_layers(model):
+        nn.init.normal_(layer.lora_B["default"].weight, std=0.05)
+    save_adapter(peft_model, folder)
+    return folder
+
+
+@pytest.fixture
+def adapters(tmp_path):
+    """Ranks 2, 4 and 3, and other alphas."""
+    options = ({"r": 2, "lora_alpha": 6}, {"r": 4, "lora_alpha": 4}, {"r": 3, "lora_alpha": 1})
+    return [saved(tmp_path / str(i), i, **o) for i, o in enumerate(options)]
+
+
+def fresh(folder):
+    model = tiny_unet()
+    load_adapter(model, folder).eval()
+    with torch.no_grad():
+        return model(*INPUT).sample
+
+
+def test_a_swap_on_a_compiled_model_is_a_fresh_load_and_compiles_nothing(adapters):
+    torch.compiler.reset()
+    peft_model = load_adapter(tiny_unet(), adapters[0]).eval()
+    prepare_hotswap(peft_model, max_rank=4)
+    counter = CompileCounter()
+    compiled = torch.compile(peft_model, backend=counter)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*INPUT).sample, fresh(adapters[0]), atol=1e-5, rtol=0)
+        compilations = counter.frame_count
+        assert compilations > 0
+        for folder in (adapters[1], adapters[2], adapters[0], adapters[1]):
+            hotswap(compiled, folder)
+            torch.testing.assert_close(compiled(*INPUT).sample, fresh(folder), atol=1e-5, rtol=0)
+    assert counter.frame_count == compilations
+
+
+def test_scale_on_a_prepared_model_is_undone(adapters):
+    peft_model = load_adapter(tiny_unet(), adapters[1]).eval()
+    prepare_hotswap(peft_model, max_rank=4)
+    with torch.no_grad():
+        for scale in (0.5, 0):
+            with adapter_scale(peft_model, scale):
+                scaled = peft_model(*INPUT).sample
+            assert not torch.equal(scaled, fresh(adapters[1]))
+            torch.testing.assert_close(peft_model(*INPUT).sample, fresh(adapters[1]), atol=1e-5, rtol=0)
+        assert torch.equal(scaled, tiny_unet()(*INPUT).sample)
+
+
+@pytest.mark.parametrize("trouble", ["larger rank", "other layers", "damaged", "gone"])
+def test_what_does_not_fit_changes_nothing(adapters, tmp_path, trouble):
+    peft_model = load_adapter(tiny_unet(), adapters[0]).eval()
+    prepare_hotswap(peft_model, max_rank=4)
+    with torch.no_grad():
+        before = peft_model(*INPUT).sample
+    bad, error = tmp_path / "bad", AdapterError
+    if trouble == "larger rank":
+        saved(bad, 5, r=6)
+    elif trouble == "other layers":
+        saved(bad, 5, target_modules=["conv_in", "conv_out"])
+    elif trouble == "damaged":
+        shutil.copytree(adapters[1], bad)
+        file = bad / "adapter_model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1])
+    else:
+        error = ValueError
+    with pytest.raises(error, match="bad"):
+        hotswap(peft_model, bad)
+    with torch.no_grad():
+        assert torch.equal(peft_model(*INPUT).sample, before)
+
+
+def test_what_cannot_be_prepared_is_refused(adapters):
+    peft_model = load_adapter(tiny_unet(), adapters[1])
+    with pytest.raises(AdapterError, match="has rank 4; raise it"):
+        prepare_hotswap(peft_model, max_rank=3)
+    with pytest.raises(AdapterError, match="call prepare_hotswap before compiling"):
+        hotswap(peft_model, adapters[0])
+    prepare_hotswap(peft_model, max_rank=4)
+    with pytest.raises(AdapterError, match="cannot take the place of 'other'"):
+        hotswap(peft_model, adapters[0], adapter_name="other")
