@@ -28,7 +28,20 @@ ALLOWED = {
     "hotswap": {"adapter", "config"},
     "export": {"adapter", "denoiser"},
     "demo": {"config", "data", "denoiser", "evaluation", "judge", "trainer"},
-    "cli": {"adapter", "compose", "config", "data", "demo", "denoiser", "evaluation", "export", "judge", "trainer"},
+    "options": {"config"},
+    "cli": {
+        "adapter",
+        "compose",
+        "config",
+        "data",
+        "demo",
+        "denoiser",
+        "evaluation",
+        "export",
+        "judge",
+        "options",
+        "trainer",
+    },
 }
 
 

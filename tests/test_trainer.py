@@ -19,7 +19,7 @@ from vdu_peft.config import ConfigError
 from vdu_peft.data import DataError
 from vdu_peft.denoiser import Denoiser
 from vdu_peft.replay import generate_replay
-from vdu_peft.trainer import UnlearnError, run_status
+from vdu_peft.trainer import UnlearnError, _lr_factor, run_status
 
 FAST = UnlearnConfig(max_train_steps=6, train_batch_size=4, replay_size=8, replay_inference_steps=2)
 
@@ -94,6 +94,12 @@ def test_resume_refuses_what_does_not_fit(pipeline_folder, forget, tmp_path):
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(AdapterError, match="not a readable checkpoint"):
         unlearn(pipeline_folder, forget, config, output_dir=tmp_path / "out", resume=True)
+
+
+def test_learning_rate_rises_over_a_tenth_and_falls_to_nearly_nothing():
+    factors = [_lr_factor(step, 20) for step in range(20)]
+    assert factors == pytest.approx([1 / 2, 1, *[n / 19 for n in range(18, 0, -1)]])
+    assert _lr_factor(0, 1) == 1
 
 
 def test_gradient_accumulation_averages(pipeline_folder, forget):

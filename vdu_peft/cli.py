@@ -1,4 +1,4 @@
-"""``vdu-peft``: unlearn | sample | compose | merge | inspect | evaluate | demo. Parse, call, print."""
+"""``vdu-peft``: unlearn | sample | compose | merge | inspect | evaluate | demo. Call and print."""
 
 import argparse
 import dataclasses
@@ -6,11 +6,9 @@ import json
 import logging
 import shutil
 import sys
-import typing
 from importlib.util import find_spec
 from pathlib import Path
 
-import yaml
 from datasets.exceptions import DatasetsError
 from PIL import Image
 
@@ -23,10 +21,9 @@ from vdu_peft.denoiser import Denoiser, ModelError
 from vdu_peft.evaluation import evaluate, histogram_plot, labelled_grids, versions
 from vdu_peft.export import merge
 from vdu_peft.judge import Judge, JudgeError
+from vdu_peft.options import ADAPTER_OPTIONS, parse
 from vdu_peft.trainer import UnlearnError, unlearn
 
-# The adapter's options, by the names that diffusers' LoRA scripts use.
-ADAPTER_OPTIONS = {"rank": "r", "lora_alpha": "lora_alpha", "prior_scale": "prior_scale", "init_scale": "init_scale"}
 BAD_INPUT = (AdapterError, ConfigError, DataError, JudgeError, ModelError, DatasetsError, OSError)
 
 
@@ -34,191 +31,14 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; returns 0, 1 for a run that failed (nothing learned, collapsed), 2 for bad input."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        args = _parse(argv)
-        return args.run(args)
+        args = parse(argv)
+        return COMMANDS[args.command](args)
     except BAD_INPUT as error:
         print(f"vdu-peft: error: {error}", file=sys.stderr)
         return 2
     except UnlearnError as error:
         print(f"vdu-peft: error: {error}", file=sys.stderr)
         return 1
-
-
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="vdu-peft", description="Remove a class from a diffusion model.")
-    commands = parser.add_subparsers(required=True, metavar="command")
-
-    def command(name, run, summary, example):
-        sub = commands.add_parser(
-            name,
-            help=summary,
-            description=summary,
-            epilog=f"example:\n  {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        sub.set_defaults(run=run)
-        sub.add_argument("--config", type=Path, help="YAML or JSON file of options; the command line wins over it")
-        return sub
-
-    sub = command(
-        "unlearn",
-        _unlearn,
-        "Learn an adapter that forgets a folder of images.",
-        "vdu-peft unlearn --model google/ddpm-cifar10-32 --forget_data bad_pictures/ --output_dir out",
-    )
-    _model_argument(sub)
-    sub.add_argument("--forget_data", required=True, help="folder of images, .npz file, or hub dataset id")
-    sub.add_argument("--output_dir", type=Path, required=True)
-    sub.add_argument("--dataset_split", default="train", help="split of a hub dataset")
-    sub.add_argument("--image_column", help="image column of a hub dataset, or array name in an .npz")
-    sub.add_argument("--label_column", help="label column of a hub dataset, or array name in an .npz")
-    sub.add_argument("--forget_label", nargs="+", default=[], help="keep only images that the data set labels so")
-    sub.add_argument("--max_forget_images", type=int, help="use at most this many, evenly spread")
-    sub.add_argument("--target_modules", nargs="+", help="modules to adapt; the default suits the model")
-    sub.add_argument(
-        "--resume_from_checkpoint", choices=("latest",), help="go on from the last checkpoint in output_dir"
-    )
-    sub.add_argument("--overwrite", action="store_true", help="write into an output_dir that is not empty")
-    sub.add_argument("--dry_run", action="store_true", help="check model, images and options, then stop")
-    _run_arguments(sub)
-
-    sub = command(
-        "sample",
-        _sample,
-        "Draw a grid with the adapter off, on, or at any scale.",
-        "vdu-peft sample --model base --adapter out/adapter --scale 0 0.5 1 --output_file grid.png",
-    )
-    _model_argument(sub)
-    sub.add_argument("--adapter", type=Path, help="folder of a saved adapter; the base alone when left out")
-    sub.add_argument("--scale", type=float, nargs="+", default=[0.0, 1.0], help="one grid for each; 0 is off, 1 is on")
-    sub.add_argument("--num_images", type=int, default=64)
-    sub.add_argument("--class_labels", type=int, nargs="+", help="of a class-conditional model: draw these in turn")
-    sub.add_argument("--num_inference_steps", type=int, default=25)
-    sub.add_argument("--output_file", type=Path, default=Path("samples.png"))
-    sub.add_argument("--seed", type=int, default=0)
-
-    sub = command(
-        "compose",
-        _compose,
-        "Write one adapter that forgets what several do: the product of their posteriors.",
-        "vdu-peft compose --model base --adapter sword/adapter robe/adapter --output_dir both",
-    )
-    _model_argument(sub)
-    sub.add_argument("--adapter", type=Path, nargs="+", required=True, help="folders of two or more saved adapters")
-    sub.add_argument("--output_dir", type=Path, required=True, help="folder of the new adapter")
-    sub.add_argument("--rank", type=int, help="of the new adapter; the sum of theirs when left out")
-    sub.add_argument("--overwrite", action="store_true", help="replace an existing output_dir")
-
-    sub = command(
-        "merge",
-        _merge,
-        "Write a complete pipeline with the posterior mean merged in; it loads without this package.",
-        "vdu-peft merge --model base --adapter out/adapter --output_dir merged",
-    )
-    _model_argument(sub)
-    sub.add_argument("--adapter", type=Path, required=True)
-    sub.add_argument("--output_dir", type=Path, required=True)
-    sub.add_argument("--overwrite", action="store_true", help="replace an existing output_dir")
-
-    sub = command(
-        "inspect",
-        _inspect,
-        "Show an adapter's config, sizes, per-layer delta norms and signal-to-noise.",
-        "vdu-peft inspect --model base --adapter out/adapter",
-    )
-    _model_argument(sub)
-    sub.add_argument("--adapter", type=Path, required=True)
-
-    sub = command(
-        "evaluate",
-        _evaluate,
-        "Measure what an adapter forgot and what it cost, by a judge and real images.",
-        "vdu-peft evaluate --model base --adapter out/adapter --judge judge.safetensors --reference test.npz "
-        "--image_column images --label_column labels --forget_class 3 --output_dir report",
-    )
-    _model_argument(sub)
-    sub.add_argument("--adapter", type=Path, required=True)
-    sub.add_argument(
-        "--judge", type=Path, required=True, help="safetensors of a classifier, see examples/train_judge.py"
-    )
-    sub.add_argument("--reference", required=True, help=".npz or hub dataset of real images with labels")
-    sub.add_argument("--dataset_split", default="test", help="split of a hub dataset")
-    sub.add_argument("--image_column", help="image column of a hub dataset, or array name in an .npz")
-    sub.add_argument("--label_column", required=True, help="label column of a hub dataset, or array name in an .npz")
-    sub.add_argument("--forget_class", type=int, required=True, help="the judge's number of the forgotten class")
-    sub.add_argument(
-        "--num_samples", type=int, default=1000, help="samples with the adapter off, and as many with it on"
-    )
-    sub.add_argument("--num_inference_steps", type=int, default=25)
-    sub.add_argument("--output_dir", type=Path, required=True, help="gets report.json, grid.png and histogram.png")
-    sub.add_argument("--overwrite", action="store_true", help="write into an output_dir that is not empty")
-    sub.add_argument("--seed", type=int, default=1)
-
-    sub = command(
-        "demo",
-        _demo,
-        "Forget one digit of the MNIST model that ships with the package.",
-        "vdu-peft demo --forget-digit 1 --output_dir demo",
-    )
-    sub.add_argument("--forget-digit", type=int, default=1, choices=range(10))
-    sub.add_argument("--num-samples", type=int, default=300, help="samples before and after, for the report")
-    sub.add_argument("--output_dir", type=Path, default=Path("demo"))
-    sub.add_argument("--overwrite", action="store_true", help="replace an existing output_dir")
-    _run_arguments(sub)
-
-    return _with_config_file(parser, argv)
-
-
-def _with_config_file(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """Options of ``--config FILE`` go in front of the command line's own, which therefore win."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config", type=Path)
-    file = finder.parse_known_args(argv)[0].config
-    if file is None:
-        return parser.parse_args(argv)
-    try:
-        options = yaml.safe_load(file.read_text())  # JSON is YAML
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file}: not a readable YAML or JSON file ({str(error).splitlines()[0]})") from error
-    if not isinstance(options, dict):
-        raise ConfigError(f"{file}: expected option: value pairs")
-    given = []
-    for name, value in options.items():
-        if value is True:
-            given.append(f"--{name}")
-        elif value is not False and value is not None:
-            given += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return parser.parse_args(argv[:1] + given + argv[1:])
-
-
-def _model_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--pretrained_model_name_or_path",
-        "--model",
-        dest="model",
-        required=True,
-        help="pipeline folder, UNet folder or hub id",
-    )
-
-
-def _run_arguments(parser: argparse.ArgumentParser) -> None:
-    """One option for every field of UnlearnConfig, and the adapter's."""
-    group = parser.add_argument_group("unlearning")
-    for field in dataclasses.fields(UnlearnConfig):
-        kind, default = field.type, field.default
-        if kind is bool:
-            group.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, default=default)
-        elif typing.get_origin(kind) is typing.Literal:
-            group.add_argument(f"--{field.name}", choices=typing.get_args(kind), default=default)
-        else:
-            kind = next(t for t in (typing.get_args(kind) or (kind,)) if t is not type(None))  # int | None: int
-            group.add_argument(f"--{field.name}", type=kind, default=default, help=f"default {default}")
-    group = parser.add_argument_group("adapter")
-    for option, name in ADAPTER_OPTIONS.items():
-        default = VDUConfig.__dataclass_fields__[name].default
-        group.add_argument(f"--{option}", type=type(default), default=default, help=f"default {default}")
-    group.add_argument("--variational", action=argparse.BooleanOptionalAction, default=True)
 
 
 def _run_config(args: argparse.Namespace) -> tuple[UnlearnConfig, dict]:
@@ -398,3 +218,14 @@ def _demo(args: argparse.Namespace) -> int:
         f"peak memory {peak_memory_mib():.0f} MiB; look at {args.output_dir / 'grid.png'}"
     )
     return code
+
+
+COMMANDS = {
+    "unlearn": _unlearn,
+    "sample": _sample,
+    "compose": _compose,
+    "merge": _merge,
+    "inspect": _inspect,
+    "evaluate": _evaluate,
+    "demo": _demo,
+}

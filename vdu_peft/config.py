@@ -135,7 +135,7 @@ class UnlearnConfig:
             images are then shown under it, so that it forgets and retains too.
         train_batch_size: forget images, and as many replay images, per process and step.
         max_train_steps: optimizer steps at most.
-        learning_rate: of Adam at the first step; it falls linearly to 0 at ``max_train_steps``.
+        learning_rate: of Adam at its peak, reached after a tenth of ``max_train_steps``; then it falls linearly to 0.
         gradient_accumulation_steps: batches per optimizer step.
         max_grad_norm: gradient clipping.
         gradient_checkpointing: recompute activations in the backward pass.

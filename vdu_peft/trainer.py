@@ -147,7 +147,7 @@ def unlearn(
             # Every step has its own seed, so that a resumed run draws what the uninterrupted one would have.
             set_seed((config.seed * 1_000_003 + step) % 2**32)
             for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * (1 - step / config.max_train_steps)
+                group["lr"] = config.learning_rate * _lr_factor(step, config.max_train_steps)
             terms: dict[str, torch.Tensor] = {}
             for _ in range(config.gradient_accumulation_steps):
                 batch = draw_batch(forget_set, replay, replay_labels, config, denoiser, accelerator)
@@ -195,6 +195,15 @@ def unlearn(
     return UnlearnResult(
         peft_model, denoiser, history, status, len(replay), sum(p.numel() for p in parameters.values())
     )
+
+
+def _lr_factor(step: int, max_train_steps: int) -> float:
+    """Linear warmup over a tenth of the run, then linear decay; of the step alone, so that resuming needs no state.
+
+    Without the warmup Adam's first full steps, on a posterior mean of 0, can move the model by more than its error.
+    """
+    warmup = max(max_train_steps // 10, 1)
+    return min((step + 1) / warmup, (max_train_steps - step) / (max_train_steps - warmup + 1))
 
 
 @contextmanager
