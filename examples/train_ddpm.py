@@ -45,6 +45,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--class_conditional", action="store_true", help="condition on the labels of --label_column")
     parser.add_argument("--label_dropout", type=float, default=0.1, help="share of images shown under the null class")
     parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--pretrained_model_name_or_path", help="pipeline folder or hub id to start from")
     parser.add_argument("--resolution", type=int, default=32)
     parser.add_argument("--channels", type=int, default=3, choices=(1, 3))
     parser.add_argument("--block_out_channels", type=int, nargs="+", default=(32, 64, 96))
@@ -93,11 +94,11 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    set_seed(args.seed)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         project_config=ProjectConfiguration(args.output_dir, automatic_checkpoint_naming=True, total_limit=2),
     )
+    set_seed(args.seed, device_specific=True)  # processes must not draw the same noise
     source = ImageSource(
         args.train_data, image_column=args.image_column, label_column=args.label_column, labels=tuple(args.labels)
     )
@@ -110,12 +111,17 @@ def main(argv=None) -> None:
         labels = torch.zeros(len(images), dtype=torch.int64)  # not shown to the model
     dataset = StackDataset(ImageDataset(images, args.random_flip), labels)
     loader = DataLoader(dataset, batch_size=args.train_batch_size, shuffle=True, drop_last=True)
-    unet = build_unet(
-        args.resolution, args.channels, args.block_out_channels, args.layers_per_block, num_class_embeds=num_classes
-    )
+    if args.pretrained_model_name_or_path:
+        unet = Denoiser.from_pretrained(args.pretrained_model_name_or_path).model.train()
+    else:
+        unet = build_unet(
+            args.resolution, args.channels, args.block_out_channels, args.layers_per_block, num_class_embeds=num_classes
+        )
     scheduler = DDPMScheduler(num_train_timesteps=1000, prediction_type="epsilon", clip_sample=True)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=args.learning_rate, weight_decay=0.0)
-    lr_scheduler = get_cosine_schedule_with_warmup(optimizer, args.lr_warmup_steps, args.max_train_steps)
+    # accelerate steps the schedule once for every process.
+    schedule = [steps * accelerator.num_processes for steps in (args.lr_warmup_steps, args.max_train_steps)]
+    lr_scheduler = get_cosine_schedule_with_warmup(optimizer, *schedule)
     unet, optimizer, loader, lr_scheduler = accelerator.prepare(unet, optimizer, loader, lr_scheduler)
     ema = EMAModel(accelerator.unwrap_model(unet).parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
     ema.to(accelerator.device)
@@ -155,12 +161,14 @@ def main(argv=None) -> None:
                 accelerator.step = step
                 accelerator.save_state()
                 if accelerator.is_main_process:
-                    write_pipeline(accelerator.unwrap_model(unet), ema, scheduler, args)
+                    write_pipeline(accelerator.unwrap_model(unet), ema, scheduler, args, accelerator.num_processes)
             if step == args.max_train_steps:
                 break
 
 
-def write_pipeline(unet: UNet2DModel, ema: EMAModel, scheduler: DDPMScheduler, args: argparse.Namespace) -> None:
+def write_pipeline(
+    unet: UNet2DModel, ema: EMAModel, scheduler: DDPMScheduler, args: argparse.Namespace, num_processes: int
+) -> None:
     """Write the EMA weights as a fp16 diffusers pipeline, with the command's options and a sample grid beside it."""
     ema.store(unet.parameters())
     ema.copy_to(unet.parameters())
@@ -169,7 +177,8 @@ def write_pipeline(unet: UNet2DModel, ema: EMAModel, scheduler: DDPMScheduler, a
     half = UNet2DModel.from_config(unet.config)
     half.load_state_dict(unet.state_dict())
     DDPMPipeline(half.half(), scheduler).save_pretrained(fresh, safe_serialization=True)
-    (fresh / "train_config.json").write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
+    options = {**vars(args), "num_processes": num_processes}
+    (fresh / "train_config.json").write_text(json.dumps(options, indent=2, default=str) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
     ema.restore(unet.parameters())

@@ -179,7 +179,7 @@ def test_a_full_disk_keeps_what_was_saved_before(unlearn_command, tmp_path, chec
     assert {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()} == saved
 
 
-@pytest.mark.parametrize("command", ["unlearn", "sample", "compose", "merge", "inspect", "evaluate", "demo"])
+@pytest.mark.parametrize("command", ["unlearn", "sample", "compose", "merge", "export", "inspect", "evaluate", "demo"])
 def test_help_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

@@ -5,7 +5,7 @@ from vdu_peft.compose import compose
 from vdu_peft.config import UnlearnConfig, VDUConfig
 from vdu_peft.data import ImageSource
 from vdu_peft.denoiser import Denoiser
-from vdu_peft.export import merge
+from vdu_peft.export import export_lora, merge
 from vdu_peft.hotswap import hotswap, prepare_hotswap
 from vdu_peft.trainer import UnlearnResult, unlearn
 from vdu_peft.version import __version__
@@ -20,6 +20,7 @@ __all__ = [
     "adapter_scale",
     "attach",
     "compose",
+    "export_lora",
     "hotswap",
     "load_adapter",
     "merge",

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from vdu_peft import posterior
+from vdu_peft.card import model_card
 from vdu_peft.config import ConfigError, VDUConfig
 from vdu_peft.layer import VariationalLayer
 
@@ -161,8 +162,8 @@ def _refuse_merged(model: nn.Module, context: str) -> None:
         raise AdapterError(f"{context}: the adapter is merged into the base; unmerge_adapter() first")
 
 
-def save_adapter(peft_model: PeftModel, folder: str | Path) -> None:
-    """Write ``adapter_config.json`` and ``adapter_model.safetensors``, all or nothing.
+def save_adapter(peft_model: PeftModel, folder: str | Path, card: str | None = None) -> None:
+    """Write ``adapter_config.json``, ``adapter_model.safetensors`` and a model card, all or nothing.
 
     The folder appears, or is replaced, by a rename, so that an interrupted save leaves the earlier one whole.
 
@@ -172,6 +173,8 @@ def save_adapter(peft_model: PeftModel, folder: str | Path) -> None:
     try:
         with atomic_folder(Path(folder)) as fresh:
             peft_model.save_pretrained(fresh)
+            # PEFT's own card is a form to fill in.
+            (fresh / "README.md").write_text(card or model_card("adapter", "not named", {}))
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{folder}: cannot be written ({error}); what was there before is kept") from error
 

@@ -1,4 +1,4 @@
-"""``vdu-peft``: unlearn | sample | compose | merge | inspect | evaluate | demo. Call and print."""
+"""``vdu-peft``: unlearn | sample | compose | merge | export | inspect | evaluate | demo. Call and print."""
 
 import argparse
 import dataclasses
@@ -19,7 +19,7 @@ from vdu_peft.data import DataError, ImageSource
 from vdu_peft.demo import peak_memory_mib, run_demo
 from vdu_peft.denoiser import Denoiser, ModelError
 from vdu_peft.evaluation import evaluate, histogram_plot, labelled_grids, versions
-from vdu_peft.export import merge
+from vdu_peft.export import export_lora, merge
 from vdu_peft.judge import Judge, JudgeError
 from vdu_peft.options import ADAPTER_OPTIONS, parse
 from vdu_peft.trainer import UnlearnError, unlearn
@@ -130,7 +130,7 @@ def _sample(args: argparse.Namespace) -> int:
 def _compose(args: argparse.Namespace) -> int:
     _new_folder(args.output_dir, args.overwrite)
     denoiser = Denoiser.from_pretrained(args.model)
-    discarded = compose(denoiser.model, args.adapter, args.output_dir, args.rank)
+    discarded = compose(denoiser.model, args.adapter, args.output_dir, args.rank, denoiser.name)
     worst = max(discarded, key=discarded.get)
     print(
         f"wrote {args.output_dir}; energy of the delta that the rank discards: at most {discarded[worst]:.2%} ({worst})"
@@ -140,8 +140,15 @@ def _compose(args: argparse.Namespace) -> int:
 
 def _merge(args: argparse.Namespace) -> int:
     _new_folder(args.output_dir, args.overwrite)
-    merge(args.model, args.adapter, args.output_dir)
+    merge(args.model, args.adapter, args.output_dir, args.dtype)
     print(f"wrote {args.output_dir}: load it with diffusers.DDPMPipeline.from_pretrained")
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    _new_folder(args.output_dir, args.overwrite)
+    export_lora(args.adapter, args.output_dir)
+    print(f"wrote {args.output_dir}: load it with peft.PeftModel.from_pretrained")
     return 0
 
 
@@ -225,6 +232,7 @@ COMMANDS = {
     "sample": _sample,
     "compose": _compose,
     "merge": _merge,
+    "export": _export,
     "inspect": _inspect,
     "evaluate": _evaluate,
     "demo": _demo,

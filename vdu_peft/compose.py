@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from vdu_peft.adapter import attach, detach, load_adapter, read_adapter_weights, save_adapter, variational_layers
+from vdu_peft.card import model_card
 from vdu_peft.config import ConfigError, VDUConfig
 
 
@@ -81,7 +82,11 @@ def posterior_product(factors: Sequence[Factors], prior_std: float, rank: int) -
 
 
 def compose(
-    model: nn.Module, folders: Sequence[str | Path], output_dir: str | Path, rank: int | None = None
+    model: nn.Module,
+    folders: Sequence[str | Path],
+    output_dir: str | Path,
+    rank: int | None = None,
+    base_model: str = "not named",
 ) -> dict[str, float]:
     """Write one adapter that stands for several saved ones of the same base model.
 
@@ -89,6 +94,7 @@ def compose(
         model: the base, without an adapter; it is left frozen, otherwise as it was.
         folders: saved adapters.
         output_dir: the new adapter's folder.
+        base_model: its name on the new adapter's card.
         rank: of the new adapter; the sum of theirs when None, which discards nothing.
 
     Returns:
@@ -143,7 +149,9 @@ def compose(
         targets = (layer.lora_B["default"].weight, layer.lora_log_std["default"], layer.lora_A["default"].weight)
         for parameter, value in zip(targets, composed, strict=True):
             parameter.data.copy_(value.reshape(parameter.shape))
-    save_adapter(peft_model, output_dir)
+    cut = f"{max(discarded.values()):.2%} of a layer's delta at most"
+    facts = {"product of": f"{len(configs)} adapters", "rank": total, "energy discarded by the rank": cut}
+    save_adapter(peft_model, output_dir, model_card("adapter", base_model, facts))
     detach(model)
     return discarded
 

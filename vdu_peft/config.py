@@ -46,7 +46,7 @@ class VDUConfig(LoraConfig):
     r: int = field(default=4, metadata={"help": "Rank of the adapter."})
     lora_alpha: float = field(default=4, metadata={"help": "s = lora_alpha / r scales the delta."})
     prior_scale: float = field(default=0.1, metadata={"help": "Prior std of the delta, relative to RMS(W)."})
-    init_scale: float = field(default=0.05, metadata={"help": "Initial posterior std, relative to RMS(W)."})
+    init_scale: float = field(default=0.01, metadata={"help": "Initial posterior std, relative to RMS(W)."})
     variational: bool = field(default=True, metadata={"help": "False gives the deterministic twin."})
 
     def __post_init__(self):
@@ -153,15 +153,15 @@ class UnlearnConfig:
 
     plasticity: Literal["hinge", "elbo"] = "hinge"
     forget_target: float = 3.0
-    stability_weight: float = 3.0
+    stability_weight: float = 2.0
     kl_weight: float = 0.05
     min_forget_timestep: int = 200
     forget_class: int | None = None
     anchor_class: int | None = None
     null_class: int | None = None
-    train_batch_size: int = 32
-    max_train_steps: int = 100
-    learning_rate: float = 3e-3
+    train_batch_size: int = 16
+    max_train_steps: int = 350
+    learning_rate: float = 6e-3
     gradient_accumulation_steps: int = 1
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False

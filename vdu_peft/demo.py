@@ -25,14 +25,34 @@ def assets() -> Path:
     return Path(str(resources.files("vdu_peft") / "assets" / "mnist"))
 
 
-def run_demo(
-    forget_digit: int, output_dir: Path, config: UnlearnConfig, adapter_options: dict, num_samples: int
-) -> tuple[UnlearnResult, Report]:
-    """Unlearn a digit from its 100 images; writes adapter/, grid.png, loss.png and report.json."""
-    start = time.perf_counter()
+def base_denoiser() -> Denoiser:
+    """The demo's base model, on a GPU where there is one."""
     denoiser = Denoiser.from_pretrained(assets() / "ddpm")
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    denoiser.model.to(device)
+    denoiser.model.to("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    return denoiser
+
+
+def demo_samples(denoiser: Denoiser, num_samples: int, seed: int, progress: str) -> torch.Tensor:
+    """Samples for the report of a run with this seed, of the same starting noise before and after."""
+    # Evaluation's seed differs from training's.
+    return denoiser.sample(num_samples, seed=seed + 1, num_inference_steps=SAMPLE_STEPS, progress=progress)
+
+
+def run_demo(
+    forget_digit: int,
+    output_dir: Path,
+    config: UnlearnConfig,
+    adapter_options: dict,
+    num_samples: int,
+    before: torch.Tensor | None = None,
+) -> tuple[UnlearnResult, Report]:
+    """Unlearn a digit from its 100 images; writes adapter/, report.json and the pictures.
+
+    Args:
+        before: the base model's :func:`demo_samples`, the same for every digit; drawn when None.
+    """
+    start = time.perf_counter()
+    denoiser = base_denoiser()
     judge = Judge.from_file(assets() / "judge.safetensors")
     images = str(assets() / "images.npz")
     forget = ImageSource(
@@ -41,14 +61,13 @@ def run_demo(
     arrays = np.load(images)
     reference = torch.stack([to_tensor(i, denoiser.image_size, denoiser.channels) for i in arrays["reference_images"]])
 
-    # Evaluation's seed differs from training's; the same noise before and after makes the grid comparable.
-    sampling = {"seed": config.seed + 1, "num_inference_steps": SAMPLE_STEPS}
-    before = denoiser.sample(num_samples, progress="samples before", **sampling)
+    if before is None:
+        before = demo_samples(denoiser, num_samples, config.seed, "samples before")
     unlearning_start = time.perf_counter()
     adapter = VDUConfig.for_model(denoiser.model, **adapter_options)
     result = unlearn(denoiser, forget, config, adapter, output_dir=output_dir)
     unlearning_seconds = time.perf_counter() - unlearning_start
-    after = denoiser.sample(num_samples, progress="samples after", **sampling)
+    after = demo_samples(denoiser, num_samples, config.seed, "samples after")
 
     report = evaluate(before, after, judge, forget_digit, reference, torch.from_numpy(arrays["reference_labels"]))
     shown = min(num_samples, 80)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from safetensors import safe_open
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -50,6 +51,8 @@ class Denoiser:
         self.image_size = (size, size) if isinstance(size, int) else tuple(size)
         self.num_classes = config.get("num_class_embeds")
         self.model = model
+        self.name = type(model).__name__
+        self.stored_dtype = next(model.parameters(), torch.empty(0)).dtype
         self.scheduler = DDPMScheduler.from_config(scheduler.config)
         self.prediction_type = self.scheduler.config.prediction_type
         if self.prediction_type not in PREDICTION_TYPES:
@@ -71,14 +74,21 @@ class Denoiser:
             unet_folder, scheduler_folder = _from_hub(str(name_or_path))
         try:
             unet = UNet2DModel.from_pretrained(
-                unet_folder, torch_dtype=torch_dtype, use_safetensors=True, low_cpu_mem_usage=False
+                str(unet_folder),  # it goes into the config, and from there into cards, where a Path is no plain YAML
+                torch_dtype=torch_dtype,
+                use_safetensors=True,
+                low_cpu_mem_usage=False,
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise ModelError(
                 f"{unet_folder}: cannot be loaded as a UNet2DModel ({str(error).splitlines()[0]})"
             ) from error
         scheduler = DDPMScheduler.from_pretrained(scheduler_folder) if scheduler_folder else DDPMScheduler()
-        return cls(unet.eval(), scheduler)
+        denoiser = cls(unet.eval(), scheduler)
+        # What cards call it: a local path says nothing elsewhere, and names the machine it was on.
+        denoiser.name = folder.resolve().name if folder.is_dir() else str(name_or_path)
+        denoiser.stored_dtype = _stored_dtype(unet_folder)
+        return denoiser
 
     @property
     def device(self) -> torch.device:
@@ -250,6 +260,12 @@ def _check_folder(folder: Path) -> tuple[Path, Path | None]:
     if scheduler_folder and not (scheduler_folder / "scheduler_config.json").is_file():
         scheduler_folder = None
     return unet_folder, scheduler_folder
+
+
+def _stored_dtype(unet_folder: Path) -> torch.dtype:
+    """What the weights are on disk, before they were loaded as something else."""
+    with safe_open(next(iter(sorted(unet_folder.glob("*.safetensors")))), framework="pt") as stored:
+        return stored.get_tensor(next(iter(stored.keys()))).dtype
 
 
 def _from_hub(repo_id: str) -> tuple[Path, Path | None]:

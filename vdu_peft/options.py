@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from vdu_peft.config import ConfigError, UnlearnConfig, VDUConfig
+from vdu_peft.export import DTYPES
 
 # The adapter's options, by the names that diffusers' LoRA scripts use.
 ADAPTER_OPTIONS = {"rank": "r", "lora_alpha": "lora_alpha", "prior_scale": "prior_scale", "init_scale": "init_scale"}
@@ -87,6 +88,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "vdu-peft merge --model base --adapter out/adapter --output_dir merged",
     )
     _model_argument(sub)
+    sub.add_argument("--adapter", type=Path, required=True)
+    sub.add_argument("--output_dir", type=Path, required=True)
+    sub.add_argument("--dtype", choices=DTYPES, help="of the written weights; the base's own when left out")
+    sub.add_argument("--overwrite", action="store_true", help="replace an existing output_dir")
+
+    sub = command(
+        "export",
+        "Write the posterior mean alone as a plain LoRA, as any other that stock PEFT loads and swaps.",
+        "vdu-peft export --adapter out/adapter --output_dir lora",
+    )
     sub.add_argument("--adapter", type=Path, required=True)
     sub.add_argument("--output_dir", type=Path, required=True)
     sub.add_argument("--overwrite", action="store_true", help="replace an existing output_dir")

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from vdu_peft import objective
 from vdu_peft.adapter import adapter_scale, attach, posterior_noise, save_adapter, total_kl
 from vdu_peft.batch import Batch, draw_batch
+from vdu_peft.card import model_card
 from vdu_peft.checkpoint import load_checkpoint, run_options, save_checkpoint
 from vdu_peft.config import ConfigError, UnlearnConfig, VDUConfig
 from vdu_peft.data import ImageDataset, check_images
@@ -169,7 +170,7 @@ def unlearn(
             # With a gradient scaler an infinite norm is ordinary: it skips the step and lowers the scale.
             finite_gradient = accelerator.scaler is not None or torch.isfinite(torch.as_tensor(grad_norm)).item()
             if not (finite_gradient and torch.isfinite(torch.tensor(list(record.values()))).all()):
-                kept = _save(peft_model, output_dir, history, accelerator)
+                kept = _save(peft_model, denoiser, output_dir, forget, history, config, accelerator)
                 raise UnlearnError(
                     f"step {step + 1}: the loss or its gradient is not finite ({record}); {kept}. "
                     "Lower learning_rate, or use mixed_precision no"
@@ -191,7 +192,7 @@ def unlearn(
         accelerator.end_training()
 
     status = run_status(history, config)
-    _save(peft_model, output_dir, history, accelerator)
+    _save(peft_model, denoiser, output_dir, forget, history, config, accelerator)
     return UnlearnResult(
         peft_model, denoiser, history, status, len(replay), sum(p.numel() for p in parameters.values())
     )
@@ -294,11 +295,25 @@ def run_status(history: list[dict[str, float]], config: UnlearnConfig) -> str:
     return "forgotten" if ratio >= (1 + config.forget_target) / 2 else "partly forgotten"
 
 
-def _save(peft_model: PeftModel, output_dir: Path | None, history, accelerator: Accelerator) -> str:
+def _save(
+    peft_model: PeftModel,
+    denoiser: Denoiser,
+    output_dir: Path | None,
+    forget: torch.Tensor,
+    history: list[dict[str, float]],
+    config: UnlearnConfig,
+    accelerator: Accelerator,
+) -> str:
     if output_dir is None:
         return "nothing was written (no output_dir)"
     if accelerator.is_main_process:
-        save_adapter(peft_model, output_dir / "adapter")
+        rank = peft_model.active_peft_config.r
+        facts = {"forget images": len(forget), "steps": len(history), "rank": rank, "seed": config.seed}
+        if history:
+            facts["outcome"] = run_status(history, config)
+            for name, shown in (("forget ratio", "forget_ratio"), ("stability", "stability")):
+                facts[f"{name}, mean of the last {min(WINDOW, len(history))} steps"] = f"{_recent(history, shown):.3g}"
+        save_adapter(peft_model, output_dir / "adapter", model_card("adapter", denoiser.name, facts))
         (output_dir / "history.json").write_text(json.dumps(history) + "\n")
     accelerator.wait_for_everyone()
     return f"the adapter of the last good step is in {output_dir / 'adapter'}"

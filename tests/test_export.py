@@ -1,0 +1,120 @@
+"""What is written for use without us, read back by the libraries that will read it."""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import tiny_unet
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from peft import PeftModel
+from peft.utils.hotswap import hotswap_adapter
+from safetensors.torch import load_file
+from torch import nn
+
+from vdu_peft.adapter import AdapterError, attach, load_adapter, save_adapter, variational_layers
+from vdu_peft.card import model_card
+from vdu_peft.config import ConfigError, VDUConfig
+from vdu_peft.export import export_lora, merge
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+INPUT = (torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([5, 500]))
+
+
+def saved(folder, seed=1):
+    model = tiny_unet()
+    peft_model = attach(model, VDUConfig.for_model(model))
+    torch.manual_seed(seed)
+    for _, layer in variational_layers(model):
+        nn.init.normal_(layer.lora_B["default"].weight, std=0.05)
+    save_adapter(peft_model, folder)
+    return folder
+
+
+def output(folder):
+    model = tiny_unet()
+    load_adapter(model, folder).eval()
+    with torch.no_grad():
+        return model(*INPUT).sample
+
+
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_merged_weights_are_the_sum_rounded_once(tmp_path, base_dtype, dtype):
+    DDPMPipeline(tiny_unet().to(base_dtype), DDPMScheduler()).save_pretrained(tmp_path / "base")
+    adapter = saved(tmp_path / "adapter")
+    merge(tmp_path / "base", adapter, tmp_path / "merged", dtype)
+    expected_dtype = torch.bfloat16 if dtype else base_dtype
+    stored = load_file(tmp_path / "merged" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {expected_dtype}
+    twin = tiny_unet().to(base_dtype).float()
+    load_adapter(twin, adapter)
+    for name, layer in variational_layers(twin):
+        total = layer.get_base_layer().weight + layer.get_delta_weight("default")
+        assert torch.equal(stored[f"{name}.weight"], total.to(expected_dtype))
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "not secure erasure" in card and str(tmp_path) not in card
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "diffusers"
+
+
+def test_a_merge_that_does_not_read_back_is_refused(pipeline_folder, tmp_path, monkeypatch):
+    """As when a disk returns something else than was written."""
+    adapter = saved(tmp_path / "adapter")
+    load = DDPMPipeline.from_pretrained
+
+    def flipped(folder, **options):
+        pipeline = load(folder, **options)
+        pipeline.unet.conv_in.weight.data[0, 0, 0, 0] += 1
+        return pipeline
+
+    monkeypatch.setattr(DDPMPipeline, "from_pretrained", flipped)
+    with pytest.raises(AdapterError, match=r"conv_in.weight does not read back"):
+        merge(pipeline_folder, adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_exported_lora_is_plain(tmp_path):
+    """No warning in stock PEFT, the same output, no key or option of ours, and stock hot-swapping takes it."""
+    first, second = saved(tmp_path / "first", 1), saved(tmp_path / "second", 2)
+    for folder in (first, second):
+        export_lora(folder, tmp_path / f"{folder.name}-lora")
+    lora = tmp_path / "first-lora"
+    assert not [name for name in load_file(lora / "adapter_model.safetensors") if "lora_log_std" in name]
+    options = json.loads((lora / "adapter_config.json").read_text())
+    assert not {"prior_scale", "init_scale", "variational"} & options.keys()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = PeftModel.from_pretrained(tiny_unet(), lora).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(*INPUT).sample, output(first), atol=1e-6, rtol=0)
+        hotswap_adapter(model, tmp_path / "second-lora", adapter_name="default", torch_device="cpu")
+        torch.testing.assert_close(model(*INPUT).sample, output(second), atol=1e-6, rtol=0)
+    with pytest.raises(ConfigError, match="no adapter_config.json"):
+        export_lora(tmp_path / "nowhere", tmp_path / "out")
+
+
+def test_card_links_hub_ids_alone():
+    def front(base_model):
+        return yaml.safe_load(model_card("adapter", base_model, {"steps": 3}).split("---")[1])
+
+    assert front("google/ddpm-cifar10-32")["base_model"] == "google/ddpm-cifar10-32"
+    assert "base_model" not in front("my-model") and front("my-model")["library_name"] == "peft"
+    assert "| steps | 3 |" in model_card("adapter", "my-model", {"steps": 3})
+
+
+def test_a_saved_adapter_has_a_card_without_a_path(tmp_path):
+    card = (saved(tmp_path / "adapter") / "README.md").read_text()
+    assert "A removable adapter is not secure erasure" in card and str(tmp_path) not in card
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "peft"
+
+
+def test_merge_and_export_example(pipeline_folder, tmp_path):
+    import merge_and_export
+
+    command = [f"--model={pipeline_folder}", f"--adapter={saved(tmp_path / 'adapter')}", "--num_inference_steps=3"]
+    difference = merge_and_export.main([*command, f"--output_dir={tmp_path / 'release'}"])
+    assert difference < 1e-4  # W + BA added once against two products: float32 rounding over three steps
+    assert UNet2DModel.from_pretrained(tmp_path / "release" / "pipeline" / "unet").config.sample_size == 8
