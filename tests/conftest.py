@@ -1,8 +1,20 @@
 """Tiny models and images that several test files share."""
 
+import json
+
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 
 def tiny_unet(channels: int = 1, **options) -> UNet2DModel:
@@ -38,3 +50,80 @@ def forget() -> torch.Tensor:
     images = torch.full((8, 1, 8, 8), -1.0)
     images[:, :, 2:6, 2:6] = 1.0
     return images
+
+
+def tiny_tokenizer(folder) -> CLIPTokenizer:
+    """Letters alone, no merges."""
+    letters = [*"abcdefghijklmnopqrstuvwxyz"]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
+
+
+def tiny_text_pipeline(folder, family: str = "sd", prediction_type: str = "epsilon"):
+    """A random StableDiffusionPipeline (``sd``) or StableDiffusionXLPipeline (``sdxl``) for 16 x 16 images."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer(folder)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+        scaling_factor=0.18,
+    )
+    text_config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        projection_dim=16,
+        bos_token_id=52,
+        eos_token_id=53,
+        pad_token_id=53,
+    )
+    xl = family == "sdxl"
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32 if xl else 16,
+        attention_head_dim=4,
+        norm_num_groups=4,
+        **(
+            {
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 8,
+                "projection_class_embeddings_input_dim": 6 * 8 + 16,
+            }
+            if xl
+            else {}
+        ),
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+    parts = {"vae": vae.eval(), "unet": unet.eval(), "scheduler": scheduler, "tokenizer": tokenizer}
+    parts["text_encoder"] = CLIPTextModel(text_config).eval()
+    if xl:
+        parts |= {"tokenizer_2": tokenizer, "text_encoder_2": CLIPTextModelWithProjection(text_config).eval()}
+        pipeline = StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    else:
+        pipeline = StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

@@ -19,6 +19,7 @@ ALLOWED = {
     "layer": {"posterior"},
     "config": {"layer"},
     "card": set(),
+    "text_denoiser": {"denoiser"},
     "adapter": {"card", "config", "layer", "posterior"},
     "replay": {"denoiser"},
     "checkpoint": {"adapter", "config"},

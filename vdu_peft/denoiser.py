@@ -49,8 +49,10 @@ class Denoiser:
         if size is None or self.channels is None:
             raise ModelError(f"{type(model).__name__} does not tell its image size; pass image_size and channels")
         self.image_size = (size, size) if isinstance(size, int) else tuple(size)
+        self.latent_shape = (self.channels, *self.image_size)
         self.num_classes = config.get("num_class_embeds")
         self.model = model
+        self.null_label: int | None = None
         self.name = type(model).__name__
         self.stored_dtype = next(model.parameters(), torch.empty(0)).dtype
         self.scheduler = DDPMScheduler.from_config(scheduler.config)
@@ -98,6 +100,24 @@ class Denoiser:
     def num_train_timesteps(self) -> int:
         return self.scheduler.config.num_train_timesteps
 
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """What the network denoises of images (N, C, H, W) in [-1, 1]: here the images themselves."""
+        return images
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images in [-1, 1] of what :meth:`encode` made, or of what was sampled."""
+        return latents.clamp(-1, 1)
+
+    def condition(self, class_labels: torch.Tensor) -> dict:
+        """The network's keyword arguments for labels (N,) int64."""
+        return {"class_labels": class_labels}
+
+    def _predict(self, x_t, timesteps, class_labels, model: nn.Module) -> torch.Tensor:
+        """What the network predicts, float32, without a learned variance."""
+        condition = {} if class_labels is None else self.condition(class_labels)
+        output = model(x_t.to(next(self.model.parameters()).dtype), timesteps, **condition)
+        return getattr(output, "sample", output)[:, : self.latent_shape[0]].float()
+
     def add_noise(self, images: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε, (N, C, H, W)."""
         return self.scheduler.add_noise(images, noise, timesteps)
@@ -114,9 +134,7 @@ class Denoiser:
         Args:
             model: stands in for ``self.model``; the trainer passes it wrapped for several processes.
         """
-        options = {} if class_labels is None else {"class_labels": class_labels}
-        output = (model or self.model)(x_t, timesteps, **options)
-        output = getattr(output, "sample", output)[:, : self.channels].float()
+        output = self._predict(x_t, timesteps, class_labels, model or self.model)
         if self.prediction_type == "epsilon":
             return output
         alpha_bar = self.scheduler.alphas_cumprod.to(x_t.device)[timesteps].view(-1, 1, 1, 1)
@@ -133,6 +151,8 @@ class Denoiser:
         num_inference_steps: int = 25,
         batch_size: int = 64,
         class_labels: Sequence[int] | None = None,
+        guidance_scale: float = 1.0,
+        decode: bool = True,
         progress: str | None = None,
     ) -> torch.Tensor:
         """Draw images with DDIM (eta 0).
@@ -140,39 +160,42 @@ class Denoiser:
         Every image has its own generator, so image i of a seed is the same whatever the batch size.
 
         Args:
+            guidance_scale: classifier-free guidance (Ho and Salimans 2022) away from ``null_label``; 1 is none.
+            decode: False returns what :meth:`encode` would make of the images.
             progress: label of a progress bar; none when None.
 
         Returns:
             float32 (num_images, C, H, W) on the CPU, in [-1, 1].
+
+        Raises:
+            ModelError: more steps than the schedule has, or guidance for a model without a null label.
         """
+        if guidance_scale != 1 and (self.null_label is None or class_labels is None):
+            raise ModelError("guidance needs class labels and a null label, the one that stands for no condition")
         if not 1 <= num_inference_steps <= self.num_train_timesteps:
             raise ModelError(f"inference steps must lie in 1 to {self.num_train_timesteps}, not {num_inference_steps}")
         noise = torch.stack(
             [
-                torch.randn(
-                    self.channels, *self.image_size, generator=torch.Generator().manual_seed(seed * 1_000_003 + i)
-                )
+                torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + i))
                 for i in range(num_images)
             ]
         )
         labels = None if class_labels is None else torch.as_tensor(class_labels)
         scheduler = DDIMScheduler.from_config(self.scheduler.config)
         bar = tqdm(total=num_images, desc=progress, unit="img", disable=progress is None, leave=False)
-        dtype = next(self.model.parameters()).dtype
         batches = []
         for start in range(0, num_images, batch_size):
             x_t = noise[start : start + batch_size].to(self.device)
             batch_labels = None if labels is None else labels[start : start + batch_size].to(self.device)
             scheduler.set_timesteps(num_inference_steps, device=self.device)
             for t in scheduler.timesteps:
-                output = self.model(
-                    x_t.to(dtype),
-                    t.expand(len(x_t)),
-                    **({} if batch_labels is None else {"class_labels": batch_labels}),
-                )
-                output = getattr(output, "sample", output)[:, : self.channels].float()
+                timesteps = t.expand(len(x_t))
+                output = self._predict(x_t, timesteps, batch_labels, self.model)
+                if guidance_scale != 1:
+                    null = self._predict(x_t, timesteps, torch.full_like(batch_labels, self.null_label), self.model)
+                    output = null + guidance_scale * (output - null)
                 x_t = scheduler.step(output, t, x_t).prev_sample
-            batches.append(x_t.clamp(-1, 1).cpu())
+            batches.append((self.decode(x_t) if decode else x_t).cpu())
             bar.update(len(x_t))
         bar.close()
         return torch.cat(batches)

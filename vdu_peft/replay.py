@@ -29,14 +29,14 @@ def generate_replay(
     """Sample the model as it stands and drop what looks like the forget set.
 
     Args:
-        forget: (N_f, C, H, W) in [-1, 1].
+        forget: (N_f, C, H, W), as the denoiser encodes them.
         num_images: how many to draw, before the filter.
         keep_quantile: drop samples whose forget score exceeds this quantile of the forget images' scores.
         seed: of the sampler and the features' noise.
         class_labels: of a class-conditional model, the classes to draw, in turn.
 
     Returns:
-        images (M, C, H, W) in [-1, 1], M <= num_images, and the labels (M,) that they were drawn under or None.
+        encoded images (M, C, H, W), M <= num_images, and the labels (M,) that they were drawn under or None.
     """
     labels = torch.tensor([class_labels[i % len(class_labels)] for i in range(num_images)]) if class_labels else None
     # Another seed than evaluation would use: a report must not judge the very samples trained on.
@@ -45,6 +45,7 @@ def generate_replay(
         seed=seed + 7919,
         num_inference_steps=num_inference_steps,
         class_labels=labels,
+        decode=False,
         progress="replay" if progress else None,
     )
     timesteps = [t * denoiser.num_train_timesteps // 1000 for t in FEATURE_TIMESTEPS]

@@ -114,6 +114,7 @@ def unlearn(
         denoiser.model.enable_gradient_checkpointing()
 
     set_seed(config.seed)
+    images, forget = forget, denoiser.encode(forget)  # once: what encodes is not needed again
     peft_model = attach(denoiser.model, adapter or VDUConfig.for_model(denoiser.model))
     if replay is None:
         with adapter_scale(denoiser.model, 0):
@@ -128,14 +129,14 @@ def unlearn(
                 progress=not bar_off,
             )
     else:
-        replay = check_images(replay, denoiser.image_size, denoiser.channels, "replay images")
+        replay = denoiser.encode(check_images(replay, denoiser.image_size, denoiser.channels, "replay images"))
         if (replay_labels is not None) != bool(denoiser.num_classes):
             raise ConfigError("replay_labels are for class-conditional models, which need one for every replay image")
     parameters = {n: p for n, p in denoiser.model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.Adam(parameters.values(), lr=config.learning_rate)
     forget_set = ImageDataset(forget, config.random_flip)
 
-    options = run_options(config, peft_model.peft_config["default"], forget)
+    options = run_options(config, peft_model.peft_config["default"], images)
     history: list[dict[str, float]] = []
     if resume:
         history = load_checkpoint(output_dir, parameters, optimizer, options)

@@ -1,0 +1,152 @@
+"""Text-to-image families against their own stock pipelines, and one unlearning run of each."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import tiny_text_pipeline
+from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline
+
+from vdu_peft import UnlearnConfig, unlearn
+from vdu_peft.adapter import load_adapter
+from vdu_peft.denoiser import ModelError
+from vdu_peft.text_denoiser import TextDenoiser, neutral_prompts, read_prompts
+
+FAMILIES = [("sd", "epsilon"), ("sd", "v_prediction"), ("sdxl", "epsilon")]
+over_families = pytest.mark.parametrize(("family", "prediction_type"), FAMILIES, ids=["sd-epsilon", "sd-v", "sdxl"])
+PROMPTS = ["a sword", "a robe", "a cat"]
+FAST = UnlearnConfig(max_train_steps=4, train_batch_size=4, replay_size=8, replay_inference_steps=2)
+
+
+@pytest.fixture
+def images():
+    """Eight 16 x 16 images with a bright square, in [-1, 1]."""
+    images = torch.full((8, 3, 16, 16), -0.5)
+    images[:, :, 4:12, 4:12] = torch.linspace(0, 1, 8).view(8, 1, 1, 1)
+    return images
+
+
+@over_families
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+def test_samples_are_those_of_the_stock_pipeline(tmp_path, family, prediction_type, guidance_scale):
+    pipeline = tiny_text_pipeline(tmp_path, family, prediction_type)
+    denoiser = TextDenoiser(pipeline, PROMPTS)
+    labels = [denoiser.label("a cat"), denoiser.label("a sword")]
+    ours = denoiser.sample(2, seed=5, num_inference_steps=4, class_labels=labels, guidance_scale=guidance_scale)
+    generators = [torch.Generator().manual_seed(5 * 1_000_003 + i) for i in range(2)]
+    # An empty negative prompt is what no condition is; SDXL would otherwise put zeros there.
+    negative = {"negative_prompt": ["", ""]} if guidance_scale != 1 else {}
+    stock = pipeline(
+        ["a cat", "a sword"],
+        guidance_scale=guidance_scale,
+        num_inference_steps=4,
+        generator=generators,
+        height=16,
+        width=16,
+        output_type="pt",
+        **negative,
+    ).images
+    torch.testing.assert_close((ours + 1) / 2, stock, atol=1e-5, rtol=0)
+    other = denoiser.sample(2, seed=5, num_inference_steps=4, class_labels=labels[::-1])
+    assert not torch.allclose(ours, other, atol=1e-3)  # the prompt matters
+
+
+@over_families
+def test_the_loss_is_that_of_diffusers_training_scripts(tmp_path, images, family, prediction_type):
+    """Their steps, with stock parts: encode, add noise, predict, mean squared error to the scheduler's target."""
+    pipeline = tiny_text_pipeline(tmp_path, family, prediction_type)
+    denoiser = TextDenoiser(pipeline, PROMPTS)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        latents = pipeline.vae.encode(images).latent_dist.mode() * pipeline.vae.config.scaling_factor
+        noise, timesteps = torch.randn_like(latents), torch.randint(1000, (8,))
+        x_t = pipeline.scheduler.add_noise(latents, noise, timesteps)
+        encoded = pipeline.encode_prompt(
+            ["a sword"] * 8, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        condition = {"encoder_hidden_states": encoded[0]}
+        if family == "sdxl":
+            time_ids = torch.tensor([[16.0, 16, 0, 0, 16, 16]] * 8)
+            condition["added_cond_kwargs"] = {"text_embeds": encoded[2], "time_ids": time_ids}
+        prediction = pipeline.unet(x_t, timesteps, **condition).sample
+        ours = denoiser.noise_pred(
+            denoiser.add_noise(denoiser.encode(images), noise, timesteps),
+            timesteps,
+            torch.full((8,), denoiser.label("a sword")),
+        )
+    alpha_bar = pipeline.scheduler.alphas_cumprod[timesteps]
+    per_image = (ours - noise).square().mean((1, 2, 3))
+    if prediction_type == "epsilon":
+        expected = (prediction - noise).square().mean((1, 2, 3))
+    else:
+        # In noise units the error of v is √ᾱ times what it is in v's own.
+        velocity = pipeline.scheduler.get_velocity(latents, noise, timesteps)
+        expected = alpha_bar * (prediction - velocity).square().mean((1, 2, 3))
+    torch.testing.assert_close(per_image, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_encode_and_decode_are_the_vae(tmp_path, images):
+    denoiser = TextDenoiser(tiny_text_pipeline(tmp_path), PROMPTS)
+    latents = denoiser.encode(images, batch_size=3)
+    assert latents.shape == (8, *denoiser.latent_shape) and denoiser.image_size == (16, 16)
+    with torch.no_grad():
+        stock = denoiser.pipeline.vae.decode(latents / 0.18).sample.clamp(-1, 1)
+    torch.testing.assert_close(denoiser.decode(latents, batch_size=5), stock, atol=1e-5, rtol=0)
+
+
+@over_families
+def test_unlearning_by_prompt_trains_and_saves_attention_alone(tmp_path, images, family, prediction_type):
+    denoiser = TextDenoiser(tiny_text_pipeline(tmp_path / "tokens", family, prediction_type), PROMPTS)
+    config = replace(FAST, forget_class=denoiser.label("a sword"), anchor_class=denoiser.label(""))
+    config = replace(config, null_class=denoiser.label(""))
+    before = {name: p.clone() for name, p in denoiser.model.state_dict().items()}
+    result = unlearn(denoiser, images, config, output_dir=tmp_path / "out")
+    assert len(result.history) == 4 and "redirect" in result.history[0]
+    after = {name.replace(".base_layer", ""): p for name, p in denoiser.model.state_dict().items()}
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    targets = {name.split(".lora_")[0] for name in after if ".lora_" in name}
+    assert targets and all(name.endswith(("to_q", "to_k", "to_v", "to_out.0")) for name in targets)
+    again = TextDenoiser(tiny_text_pipeline(tmp_path / "tokens", family, prediction_type), PROMPTS)
+    load_adapter(again.model, tmp_path / "out" / "adapter").eval()
+    torch.testing.assert_close(
+        *(d.sample(2, seed=1, num_inference_steps=3, class_labels=[0, 1]) for d in (denoiser, again))
+    )
+
+
+def test_from_pretrained_and_what_is_refused(tmp_path):
+    pipeline = tiny_text_pipeline(tmp_path / "tokens")
+    pipeline.save_pretrained(tmp_path / "sd")
+    denoiser = TextDenoiser.from_pretrained(tmp_path / "sd", PROMPTS)
+    assert denoiser.name == "sd" and denoiser.prompts == [*PROMPTS, ""] and denoiser.num_classes == 4
+    with pytest.raises(ModelError, match="prompt 'a dog' is not among"):
+        denoiser.label("a dog")
+    with pytest.raises(ModelError, match="cannot be loaded as a text-to-image pipeline"):
+        TextDenoiser.from_pretrained(tmp_path / "nowhere", PROMPTS)
+    parts = {name: getattr(pipeline, name) for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
+    inpaint = StableDiffusionInpaintPipeline(
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+    with pytest.raises(ModelError, match="StableDiffusionInpaintPipeline: .*known are StableDiffusionPipeline"):
+        TextDenoiser(inpaint, PROMPTS)
+    for file in (tmp_path / "sd" / "unet").glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        TextDenoiser.from_pretrained(tmp_path / "sd", PROMPTS)
+
+
+def test_save_pretrained_writes_the_whole_pipeline(tmp_path):
+    denoiser = TextDenoiser(tiny_text_pipeline(tmp_path / "tokens"), PROMPTS)
+    denoiser.save_pretrained(tmp_path / "saved")
+    stock = StableDiffusionPipeline.from_pretrained(tmp_path / "saved", safety_checker=None)
+    assert all(torch.equal(p, denoiser.model.state_dict()[name]) for name, p in stock.unet.state_dict().items())
+
+
+def test_prompts_from_a_file(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\n\n a dog \na cat\n")
+    assert read_prompts(tmp_path / "prompts.txt") == ["a cat", "a dog"]
+    (tmp_path / "empty.txt").write_text("\n\n")
+    with pytest.raises(ModelError, match="holds no prompt"):
+        read_prompts(tmp_path / "empty.txt")
+    with pytest.raises(ModelError, match="not a readable text file"):
+        read_prompts(tmp_path / "nowhere.txt")
+    assert len(neutral_prompts()) >= 20
