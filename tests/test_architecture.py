@@ -28,7 +28,7 @@ ALLOWED = {
     "evaluation": {"judge", "metrics", "version"},
     "compose": {"adapter", "card", "config"},
     "hotswap": {"adapter", "config"},
-    "export": {"adapter", "card", "config", "denoiser"},
+    "export": {"adapter", "card", "config", "denoiser", "text_denoiser"},
     "demo": {"config", "data", "denoiser", "evaluation", "judge", "trainer"},
     "options": {"config", "export"},
     "cli": {
@@ -42,6 +42,7 @@ ALLOWED = {
         "export",
         "judge",
         "options",
+        "text_denoiser",
         "trainer",
     },
 }

@@ -9,6 +9,7 @@ from dataclasses import fields
 import pytest
 import torch
 import yaml
+from conftest import tiny_text_pipeline
 from diffusers import DDIMPipeline, DDPMPipeline
 from PIL import Image
 from safetensors import safe_open
@@ -70,6 +71,30 @@ def test_from_a_folder_of_pictures_to_a_merged_pipeline(pipeline_folder, unlearn
     theirs = pipeline(batch_size=2, generator=generators, num_inference_steps=4, output_type="np").images
     # W + BA added once against two products per forward: float32 rounding over four sampler steps.
     torch.testing.assert_close((ours + 1) / 2, torch.from_numpy(theirs).movedim(-1, 1), atol=1e-4, rtol=0)
+
+
+def test_a_concept_of_a_text_to_image_model(tmp_path, pictures, pipeline_folder, capsys):
+    tiny_text_pipeline(tmp_path / "tokens").save_pretrained(tmp_path / "sd")
+    (tmp_path / "retain.txt").write_text("a cat\na dog\n")
+    model, out = f"--model={tmp_path / 'sd'}", tmp_path / "out"
+    command = ["unlearn", model, f"--forget_data={pictures}", f"--output_dir={out}", *FAST]
+    assert main(command) == 2
+    assert "forget_prompt: the model draws from prompts" in capsys.readouterr().err
+    prompts = ["--forget_prompt=a sword", "--anchor_prompt=a hand"]
+    assert main([*command, *prompts, f"--retain_prompts={tmp_path / 'nowhere'}"]) == 2
+    assert "not a readable text file of prompts" in capsys.readouterr().err
+    assert main([*command, *prompts, f"--retain_prompts={tmp_path / 'retain.txt'}"]) in (0, 1)
+    assert "after 3 steps" in capsys.readouterr().out
+    grid, adapter = tmp_path / "grid.png", f"--adapter={out / 'adapter'}"
+    sample = ["sample", model, adapter, "--num_images=2", "--num_inference_steps=2", f"--output_file={grid}"]
+    assert main([*sample, "--prompt", "a sword", "a cat"]) == 0
+    assert Image.open(grid).width > 2 * 2 * 16
+    assert main(["export", adapter, "--format=kohya", f"--output_dir={tmp_path / 'lora'}"]) == 0
+    assert main(["merge", model, adapter, f"--output_dir={tmp_path / 'merged'}"]) == 0
+    assert (tmp_path / "merged" / "vae").is_dir() and (tmp_path / "lora" / "pytorch_lora_weights.safetensors").is_file()
+    unconditional = [f"--model={pipeline_folder}", f"--forget_data={pictures}", f"--output_dir={tmp_path / 'other'}"]
+    assert main(["unlearn", *unconditional, "--forget_prompt=a sword"]) == 2
+    assert "is not a text-to-image model" in capsys.readouterr().err
 
 
 def test_compose(pipeline_folder, unlearn_command, tmp_path, capsys):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import tiny_unet
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from conftest import tiny_text_pipeline, tiny_unet
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DModel
 from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
@@ -19,6 +19,7 @@ from vdu_peft.adapter import AdapterError, attach, load_adapter, save_adapter, v
 from vdu_peft.card import model_card
 from vdu_peft.config import ConfigError, VDUConfig
 from vdu_peft.export import export_lora, merge
+from vdu_peft.text_denoiser import TextDenoiser
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 INPUT = (torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([5, 500]))
@@ -63,14 +64,14 @@ def test_merged_weights_are_the_sum_rounded_once(tmp_path, base_dtype, dtype):
 def test_a_merge_that_does_not_read_back_is_refused(pipeline_folder, tmp_path, monkeypatch):
     """As when a disk returns something else than was written."""
     adapter = saved(tmp_path / "adapter")
-    load = DDPMPipeline.from_pretrained
+    load = DiffusionPipeline.from_pretrained
 
     def flipped(folder, **options):
         pipeline = load(folder, **options)
         pipeline.unet.conv_in.weight.data[0, 0, 0, 0] += 1
         return pipeline
 
-    monkeypatch.setattr(DDPMPipeline, "from_pretrained", flipped)
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", flipped)
     with pytest.raises(AdapterError, match=r"conv_in.weight does not read back"):
         merge(pipeline_folder, adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
@@ -94,6 +95,68 @@ def test_exported_lora_is_plain(tmp_path):
         torch.testing.assert_close(model(*INPUT).sample, output(second), atol=1e-6, rtol=0)
     with pytest.raises(ConfigError, match="no adapter_config.json"):
         export_lora(tmp_path / "nowhere", tmp_path / "out")
+
+
+@pytest.fixture
+def text_pipeline(tmp_path):
+    """(folder of a tiny Stable Diffusion, folder of an adapter for it with another alpha than its rank)"""
+    tiny_text_pipeline(tmp_path / "tokens").save_pretrained(tmp_path / "sd")
+    denoiser = TextDenoiser.from_pretrained(tmp_path / "sd", ["a cat"])
+    peft_model = attach(denoiser.model, VDUConfig.for_model(denoiser.model, r=2, lora_alpha=6))
+    for _, layer in variational_layers(denoiser.model):
+        nn.init.normal_(layer.lora_B["default"].weight, std=0.3)
+    save_adapter(peft_model, tmp_path / "adapter")
+    return tmp_path / "sd", tmp_path / "adapter"
+
+
+def draw(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(3 * 1_000_003)
+    options = {"num_inference_steps": 4, "guidance_scale": 1.0, "height": 16, "width": 16, "output_type": "pt"}
+    return pipeline("a cat", generator=generator, **options).images
+
+
+@pytest.mark.parametrize("file_format", ["diffusers", "kohya"])
+def test_stock_pipelines_load_the_lora_file(text_pipeline, tmp_path, file_format, caplog):
+    base, adapter = text_pipeline
+    export_lora(adapter, tmp_path / "lora", file_format)
+    denoiser = TextDenoiser.from_pretrained(base, ["a cat"])
+    untouched = denoiser.sample(1, seed=3, num_inference_steps=4, class_labels=[0])
+    load_adapter(denoiser.model, adapter)
+    ours = (denoiser.sample(1, seed=3, num_inference_steps=4, class_labels=[0]) + 1) / 2
+    assert (ours - (untouched + 1) / 2).abs().max() > 0.01
+
+    pipeline = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipeline.load_lora_weights(tmp_path / "lora")
+    # diffusers notes of every LoRA of a UNet alone that it has nothing for the text encoder.
+    assert not [r for r in caplog.records if "No LoRA keys associated to CLIPTextModel" not in r.message]
+    torch.testing.assert_close(draw(pipeline), ours, atol=1e-4, rtol=0)
+    pipeline.fuse_lora()
+    torch.testing.assert_close(draw(pipeline), ours, atol=1e-3, rtol=0)  # W + BA added once
+    pipeline.unfuse_lora()
+    pipeline.unload_lora_weights()
+    torch.testing.assert_close(draw(pipeline), (untouched + 1) / 2, atol=1e-4, rtol=0)
+
+
+def test_a_text_pipeline_is_merged_whole(text_pipeline, tmp_path):
+    base, adapter = text_pipeline
+    merge(base, adapter, tmp_path / "merged")
+    denoiser = TextDenoiser.from_pretrained(base, ["a cat"])
+    load_adapter(denoiser.model, adapter)
+    ours = (denoiser.sample(1, seed=3, num_inference_steps=4, class_labels=[0]) + 1) / 2
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "merged", safety_checker=None)
+    torch.testing.assert_close(draw(pipeline), ours, atol=1e-3, rtol=0)
+
+
+def test_lora_files_are_for_text_to_image_models(tmp_path):
+    adapter = saved(tmp_path / "adapter")
+    with pytest.raises(ConfigError, match="UNet2DModel, which no pipeline loads LoRA files for"):
+        export_lora(adapter, tmp_path / "lora", "kohya")
+    with pytest.raises(ConfigError, match="format must be one of"):
+        export_lora(adapter, tmp_path / "lora", "pickle")
+    assert not (tmp_path / "lora").exists()
 
 
 def test_card_links_hub_ids_alone():

@@ -22,6 +22,7 @@ from vdu_peft.evaluation import evaluate, histogram_plot, labelled_grids, versio
 from vdu_peft.export import export_lora, merge
 from vdu_peft.judge import Judge, JudgeError
 from vdu_peft.options import ADAPTER_OPTIONS, parse
+from vdu_peft.text_denoiser import TextDenoiser, neutral_prompts, open_denoiser, read_prompts
 from vdu_peft.trainer import UnlearnError, unlearn
 
 BAD_INPUT = (AdapterError, ConfigError, DataError, JudgeError, ModelError, DatasetsError, OSError)
@@ -68,7 +69,12 @@ def _unlearn(args: argparse.Namespace) -> int:
         labels=tuple(args.forget_label),
         max_images=args.max_forget_images,
     )
-    denoiser = Denoiser.from_pretrained(args.model)
+    prompts = []
+    if args.forget_prompt is not None:
+        retained = read_prompts(args.retain_prompts) if args.retain_prompts else neutral_prompts()
+        prompts = list(dict.fromkeys([args.forget_prompt, args.anchor_prompt, *retained]))
+    denoiser = open_denoiser(args.model, prompts)
+    config = _with_prompts(config, denoiser, args)
     forget = source.load(denoiser.image_size, denoiser.channels)
     adapter = VDUConfig.for_model(denoiser.model, target_modules=args.target_modules, **adapter_options)
     size = " x ".join(map(str, forget.shape[1:]))
@@ -80,6 +86,18 @@ def _unlearn(args: argparse.Namespace) -> int:
         denoiser, forget, config, adapter, output_dir=args.output_dir, resume=bool(args.resume_from_checkpoint)
     )
     return _outcome(result, args.output_dir)
+
+
+def _with_prompts(config: UnlearnConfig, denoiser: Denoiser, args: argparse.Namespace) -> UnlearnConfig:
+    """The run's classes, where they are prompts."""
+    if not isinstance(denoiser, TextDenoiser):
+        if args.forget_prompt is not None:
+            raise ConfigError(f"forget_prompt: {args.model} is not a text-to-image model; leave it out")
+        return config
+    if args.forget_prompt is None:
+        raise ConfigError("forget_prompt: the model draws from prompts; tell which one the forget images belong to")
+    labels = {"forget_class": args.forget_prompt, "anchor_class": args.anchor_prompt, "null_class": ""}
+    return dataclasses.replace(config, **{name: denoiser.label(prompt) for name, prompt in labels.items()})
 
 
 def _outcome(result, output_dir: Path) -> int:
@@ -105,9 +123,15 @@ def _sample(args: argparse.Namespace) -> int:
         raise ConfigError(f"num_images must be at least 1, not {args.num_images}")
     if args.output_file.suffix.lower() not in Image.registered_extensions():
         raise ConfigError(f"{args.output_file}: not an image file name; end it in .png")
-    denoiser = Denoiser.from_pretrained(args.model)
+    denoiser = open_denoiser(args.model, args.prompt)
     options = {"seed": args.seed, "num_inference_steps": args.num_inference_steps}
-    if denoiser.num_classes:
+    if isinstance(denoiser, TextDenoiser):
+        labels = [denoiser.label(prompt) for prompt in args.prompt or [""]]
+        options["class_labels"] = [labels[i % len(labels)] for i in range(args.num_images)]
+        options["guidance_scale"] = args.guidance_scale
+    elif args.prompt:
+        raise ConfigError(f"prompt: {args.model} is not a text-to-image model; leave it out")
+    elif denoiser.num_classes:
         labels = args.class_labels or range(denoiser.num_classes)
         options["class_labels"] = [labels[i % len(labels)] for i in range(args.num_images)]
     elif args.class_labels:
@@ -129,7 +153,7 @@ def _sample(args: argparse.Namespace) -> int:
 
 def _compose(args: argparse.Namespace) -> int:
     _new_folder(args.output_dir, args.overwrite)
-    denoiser = Denoiser.from_pretrained(args.model)
+    denoiser = open_denoiser(args.model)
     discarded = compose(denoiser.model, args.adapter, args.output_dir, args.rank, denoiser.name)
     worst = max(discarded, key=discarded.get)
     print(
@@ -141,19 +165,20 @@ def _compose(args: argparse.Namespace) -> int:
 def _merge(args: argparse.Namespace) -> int:
     _new_folder(args.output_dir, args.overwrite)
     merge(args.model, args.adapter, args.output_dir, args.dtype)
-    print(f"wrote {args.output_dir}: load it with diffusers.DDPMPipeline.from_pretrained")
+    print(f"wrote {args.output_dir}: load it with diffusers.DiffusionPipeline.from_pretrained")
     return 0
 
 
 def _export(args: argparse.Namespace) -> int:
     _new_folder(args.output_dir, args.overwrite)
-    export_lora(args.adapter, args.output_dir)
-    print(f"wrote {args.output_dir}: load it with peft.PeftModel.from_pretrained")
+    export_lora(args.adapter, args.output_dir, args.format)
+    how = "peft.PeftModel.from_pretrained" if args.format == "peft" else "a pipeline's load_lora_weights"
+    print(f"wrote {args.output_dir}: load it with {how}")
     return 0
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    denoiser = Denoiser.from_pretrained(args.model)
+    denoiser = open_denoiser(args.model)
     model_parameters = sum(p.numel() for p in denoiser.model.parameters())
     peft_model = load_adapter(denoiser.model, args.adapter)
     config = peft_model.peft_config["default"]

@@ -89,7 +89,7 @@ class Denoiser:
         denoiser = cls(unet.eval(), scheduler)
         # What cards call it: a local path says nothing elsewhere, and names the machine it was on.
         denoiser.name = folder.resolve().name if folder.is_dir() else str(name_or_path)
-        denoiser.stored_dtype = _stored_dtype(unet_folder)
+        denoiser.stored_dtype = stored_dtype(unet_folder)
         return denoiser
 
     @property
@@ -285,7 +285,7 @@ def _check_folder(folder: Path) -> tuple[Path, Path | None]:
     return unet_folder, scheduler_folder
 
 
-def _stored_dtype(unet_folder: Path) -> torch.dtype:
+def stored_dtype(unet_folder: Path) -> torch.dtype:
     """What the weights are on disk, before they were loaded as something else."""
     with safe_open(next(iter(sorted(unet_folder.glob("*.safetensors")))), framework="pt") as stored:
         return stored.get_tensor(next(iter(stored.keys()))).dtype

@@ -4,16 +4,21 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import DDPMPipeline
+from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 
 from vdu_peft.adapter import AdapterError, atomic_folder, load_adapter, read_adapter_weights
 from vdu_peft.card import model_card
-from vdu_peft.config import VDUConfig
+from vdu_peft.config import ConfigError, VDUConfig
 from vdu_peft.denoiser import Denoiser
+from vdu_peft.text_denoiser import open_denoiser
 
+FORMATS = ("peft", "diffusers", "kohya")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -33,36 +38,69 @@ def merge(model: str | Path, adapter: str | Path, output_dir: str | Path, dtype:
         ModelError, ConfigError, AdapterError: a part is missing or does not fit, before anything is written.
         AdapterError: what was written does not read back as it should; ``output_dir`` is then left as it was.
     """
-    denoiser = Denoiser.from_pretrained(model)
+    denoiser = open_denoiser(model)
     kept = DTYPES[dtype] if dtype else denoiser.stored_dtype
     denoiser.model = load_adapter(denoiser.model, adapter).merge_and_unload(safe_merge=True).to(kept)
     with atomic_folder(Path(output_dir)) as fresh:
         denoiser.save_pretrained(fresh)
         facts = {"adapter": Path(adapter).resolve().name, "weights": str(kept).removeprefix("torch.")}
         (fresh / "README.md").write_text(model_card("merged", denoiser.name, facts))
-        written = DDPMPipeline.from_pretrained(fresh, use_safetensors=True).unet.state_dict()  # widened to float32
+        written = DiffusionPipeline.from_pretrained(fresh, use_safetensors=True).unet.state_dict()  # widened to float32
         for name, value in denoiser.model.state_dict().items():
             if name not in written or not torch.equal(written[name], value.float()):
                 raise AdapterError(f"{output_dir}: {name} does not read back as it was written")
     return denoiser
 
 
-def export_lora(adapter: str | Path, output_dir: str | Path) -> None:
-    """Write the posterior mean alone as a plain LoRA in PEFT's format.
+def export_lora(adapter: str | Path, output_dir: str | Path, file_format: str = "peft") -> None:
+    """Write the posterior mean alone as a plain LoRA.
 
-    Stock PEFT loads our own folders, too, with a warning about our options; its hot-swapping refuses them, because
-    it does not know the deviations. This folder it takes as any other.
+    Args:
+        file_format: ``peft``, a folder for ``PeftModel.from_pretrained``: stock PEFT loads our own folders, too, with
+            a warning about our options, but its hot-swapping refuses the deviations. ``diffusers``, a file for
+            ``load_lora_weights``; ``kohya``, one for ComfyUI and WebUI: for adapters of text-to-image models.
 
     Raises:
-        ConfigError, AdapterError: the adapter is missing or unreadable, before anything is written.
+        ConfigError, AdapterError: the adapter is missing, unreadable, or of a model that no pipeline loads LoRA files
+            for; before anything is written.
     """
+    if file_format not in FORMATS:
+        raise ConfigError(f"format must be one of {', '.join(FORMATS)}, not {file_format!r}")
     config = VDUConfig.from_pretrained(adapter)
     tensors = {name: t for name, t in read_adapter_weights(adapter).items() if "lora_log_std" not in name}
-    ours = VDUConfig.__dataclass_fields__.keys() - LoraConfig.__dataclass_fields__.keys()
-    plain = LoraConfig(**{n: v for n, v in config.to_dict().items() if n not in ours | {"peft_type", "auto_mapping"}})
-    plain.inference_mode = True
+    base_class = (config.auto_mapping or {}).get("base_model_class")
+    if file_format != "peft" and base_class != "UNet2DConditionModel":
+        raise ConfigError(
+            f"{adapter}: made for a {base_class}, which no pipeline loads LoRA files for; use format peft"
+        )
     with atomic_folder(Path(output_dir)) as fresh:
-        plain.save_pretrained(fresh)
-        save_file(tensors, fresh / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        if file_format == "peft":
+            ours = VDUConfig.__dataclass_fields__.keys() - LoraConfig.__dataclass_fields__.keys()
+            left_out = ours | {"peft_type", "auto_mapping"}
+            plain = LoraConfig(**{n: v for n, v in config.to_dict().items() if n not in left_out})
+            plain.inference_mode = True
+            plain.save_pretrained(fresh)
+            save_file(tensors, fresh / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        else:
+            tensors = _unscaled(tensors, config)
+            metadata = {"format": "pt"}
+            if file_format == "kohya":
+                tensors = convert_state_dict_to_kohya(tensors)
+                tensors = {name: t.float().contiguous() for name, t in tensors.items()}
+                dim = str(config.r)
+                metadata |= {"ss_network_module": "networks.lora", "ss_network_dim": dim, "ss_network_alpha": dim}
+            save_file(tensors, fresh / LORA_WEIGHT_NAME_SAFE, metadata=metadata)
         if (Path(adapter) / "README.md").is_file():
             shutil.copy(Path(adapter) / "README.md", fresh)
+
+
+def _unscaled(tensors: dict[str, torch.Tensor], config: VDUConfig) -> dict[str, torch.Tensor]:
+    """diffusers' names, with s = alpha / r inside ``lora_B``: without an alpha every loader takes it to be r."""
+    result = {}
+    for name, tensor in tensors.items():
+        name = name.removeprefix("base_model.model.")
+        layer = name.rsplit(".lora_", 1)[0]
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), layer), config.lora_alpha)
+        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), layer), config.r)
+        result[f"unet.{name}"] = tensor * (alpha / rank) if ".lora_B." in name else tensor
+    return result

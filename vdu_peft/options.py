@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from vdu_peft.config import ConfigError, UnlearnConfig, VDUConfig
-from vdu_peft.export import DTYPES
+from vdu_peft.export import DTYPES, FORMATS
 
 # The adapter's options, by the names that diffusers' LoRA scripts use.
 ADAPTER_OPTIONS = {"rank": "r", "lora_alpha": "lora_alpha", "prior_scale": "prior_scale", "init_scale": "init_scale"}
@@ -49,6 +49,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     sub.add_argument("--label_column", help="label column of a hub dataset, or array name in an .npz")
     sub.add_argument("--forget_label", nargs="+", default=[], help="keep only images that the data set labels so")
     sub.add_argument("--max_forget_images", type=int, help="use at most this many, evenly spread")
+    sub.add_argument("--forget_prompt", help="of a text-to-image model: what draws the forget images")
+    sub.add_argument("--anchor_prompt", default="", help="what that prompt shall draw instead; default: no condition")
+    sub.add_argument(
+        "--retain_prompts", type=Path, help="file of prompts to retain, one a line; default: everyday things"
+    )
     sub.add_argument("--target_modules", nargs="+", help="modules to adapt; the default suits the model")
     sub.add_argument(
         "--resume_from_checkpoint", choices=("latest",), help="go on from the last checkpoint in output_dir"
@@ -67,6 +72,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     sub.add_argument("--scale", type=float, nargs="+", default=[0.0, 1.0], help="one grid for each; 0 is off, 1 is on")
     sub.add_argument("--num_images", type=int, default=64)
     sub.add_argument("--class_labels", type=int, nargs="+", help="of a class-conditional model: draw these in turn")
+    sub.add_argument("--prompt", nargs="+", default=[], help="of a text-to-image model: draw these in turn")
+    sub.add_argument("--guidance_scale", type=float, default=7.5, help="of a text-to-image model")
     sub.add_argument("--num_inference_steps", type=int, default=25)
     sub.add_argument("--output_file", type=Path, default=Path("samples.png"))
     sub.add_argument("--seed", type=int, default=0)
@@ -95,10 +102,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     sub = command(
         "export",
-        "Write the posterior mean alone as a plain LoRA, as any other that stock PEFT loads and swaps.",
-        "vdu-peft export --adapter out/adapter --output_dir lora",
+        "Write the posterior mean alone as a plain LoRA for stock PEFT, diffusers, ComfyUI or WebUI.",
+        "vdu-peft export --adapter out/adapter --format kohya --output_dir lora",
     )
     sub.add_argument("--adapter", type=Path, required=True)
+    sub.add_argument("--format", choices=FORMATS, default="peft", help="kohya is what ComfyUI and WebUI read")
     sub.add_argument("--output_dir", type=Path, required=True)
     sub.add_argument("--overwrite", action="store_true", help="replace an existing output_dir")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from vdu_peft.denoiser import Denoiser, ModelError
+from vdu_peft.denoiser import Denoiser, ModelError, stored_dtype
 
 FAMILIES = (StableDiffusionPipeline, StableDiffusionXLPipeline)
 
@@ -82,20 +82,25 @@ class TextDenoiser(Denoiser):
         Raises:
             ModelError: nothing there, no safetensors weights, or a family that is not supported.
         """
-        options = {"safety_checker": None, "requires_safety_checker": False}
         try:
-            kind = DiffusionPipeline.load_config(str(name_or_path)).get("_class_name")
+            folder = Path(name_or_path)
+            if not folder.is_dir():
+                folder = Path(DiffusionPipeline.download(str(name_or_path), use_safetensors=True))
+            kind = DiffusionPipeline.load_config(str(folder)).get("_class_name")
+            # The safety checker judges samples; it has no part in what is learned, and takes a gigabyte.
+            checker = {"safety_checker": None, "requires_safety_checker": False}
             pipeline = DiffusionPipeline.from_pretrained(
-                str(name_or_path),
+                str(folder),
                 torch_dtype=torch_dtype,
                 use_safetensors=True,
-                **(options if kind == StableDiffusionPipeline.__name__ else {}),
+                **(checker if kind == StableDiffusionPipeline.__name__ else {}),
             )
         except (OSError, ValueError, RuntimeError, AttributeError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ModelError(f"{name_or_path}: cannot be loaded as a text-to-image pipeline ({reason})") from error
         denoiser = cls(pipeline, prompts)
-        denoiser.name = Path(name_or_path).resolve().name if Path(name_or_path).is_dir() else str(name_or_path)
+        denoiser.name = folder.resolve().name if Path(name_or_path).is_dir() else str(name_or_path)
+        denoiser.stored_dtype = stored_dtype(folder / "unet")
         return denoiser
 
     def label(self, prompt: str) -> int:
@@ -160,3 +165,21 @@ class TextDenoiser(Denoiser):
         """Write the complete pipeline, as safetensors."""
         self.pipeline.unet = self.model
         self.pipeline.save_pretrained(folder, safe_serialization=True)
+
+
+def open_denoiser(name_or_path: str | Path, prompts: Sequence[str] = ()) -> Denoiser:
+    """A :class:`TextDenoiser` of a text-to-image pipeline, a plain :class:`Denoiser` of anything else.
+
+    Raises:
+        ModelError: as theirs, or a pipeline of another family.
+    """
+    try:
+        kind = DiffusionPipeline.load_config(str(name_or_path)).get("_class_name")
+    except (OSError, ValueError):
+        kind = None  # no pipeline: a bare UNet folder, or a name whose trouble the denoiser tells better
+    if kind in {family.__name__ for family in FAMILIES}:
+        return TextDenoiser.from_pretrained(name_or_path, prompts)
+    if kind is not None and not kind.startswith(("DDPM", "DDIM")):
+        known = ", ".join(["DDPMPipeline", "DDIMPipeline", *(family.__name__ for family in FAMILIES)])
+        raise ModelError(f"{name_or_path}: a {kind}, which is not supported; known are {known}")
+    return Denoiser.from_pretrained(name_or_path)
