@@ -53,7 +53,7 @@ def main(argv=None) -> None:
         before = demo_samples(base_denoiser(), args.num_samples, args.seed, "samples before")
         save_file({"images": before}, before_file)
     before = load_file(before_file)["images"]
-    files = [args.output_dir / str(digit) / "report.json" for digit in args.digits]
+    files = [args.output_dir / f"{d}-{args.num_samples}-{args.seed}" / "report.json" for d in args.digits]
     for digit, file in zip(args.digits, files, strict=True):
         if not file.is_file():
             run_demo(digit, file.parent, UnlearnConfig(seed=args.seed), {}, args.num_samples, before)

@@ -39,7 +39,7 @@ def main(argv=None) -> UnlearnResult:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--pretrain_steps", type=int, default=600)
-    parser.add_argument("--max_train_steps", type=int, default=150)
+    parser.add_argument("--max_train_steps", type=int, default=400)
     args = parser.parse_args(argv)
     torch.manual_seed(0)
 

@@ -109,15 +109,24 @@ def main(argv=None) -> None:
     else:
         images = source.load(size, args.channels)
         labels = torch.zeros(len(images), dtype=torch.int64)  # not shown to the model
+    if len(images) < args.train_batch_size * accelerator.num_processes:
+        raise SystemExit(f"--train_batch_size {args.train_batch_size}: there are only {len(images)} images; lower it")
     dataset = StackDataset(ImageDataset(images, args.random_flip), labels)
     loader = DataLoader(dataset, batch_size=args.train_batch_size, shuffle=True, drop_last=True)
+    scheduler = DDPMScheduler(num_train_timesteps=1000, prediction_type="epsilon", clip_sample=True)
     if args.pretrained_model_name_or_path:
-        unet = Denoiser.from_pretrained(args.pretrained_model_name_or_path).model.train()
+        start = Denoiser.from_pretrained(args.pretrained_model_name_or_path)
+        expected = (size, args.channels, num_classes, scheduler.config.prediction_type)
+        if (start.image_size, start.channels, start.num_classes, start.prediction_type) != expected:
+            raise SystemExit(
+                f"{args.pretrained_model_name_or_path}: its size, channels, classes and prediction type are "
+                f"{start.image_size}, {start.channels}, {start.num_classes} and {start.prediction_type}, not {expected}"
+            )
+        unet, scheduler = start.model.train(), start.scheduler
     else:
         unet = build_unet(
             args.resolution, args.channels, args.block_out_channels, args.layers_per_block, num_class_embeds=num_classes
         )
-    scheduler = DDPMScheduler(num_train_timesteps=1000, prediction_type="epsilon", clip_sample=True)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=args.learning_rate, weight_decay=0.0)
     # accelerate steps the schedule once for every process.
     schedule = [steps * accelerator.num_processes for steps in (args.lr_warmup_steps, args.max_train_steps)]

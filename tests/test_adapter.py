@@ -1,5 +1,6 @@
 """The adapter as a whole: attaching, sampling, scaling, and what is on disk when all goes well or not."""
 
+import copy
 import os
 import signal
 import subprocess
@@ -479,6 +480,12 @@ def pair(tmp_path):
     return folders, outputs
 
 
+def adapter_of(folder, model, targets):
+    """The folder of a fresh adapter for a copy of the model."""
+    adapter.save_adapter(adapter.attach(copy.deepcopy(model), VDUConfig(target_modules=targets)), folder)
+    return folder
+
+
 def both(folders):
     model = adapter.load_adapter(tiny(), folders[0], "first").eval()
     return adapter.load_adapter(model, folders[1], "second")
@@ -535,6 +542,14 @@ def test_a_second_adapter_that_does_not_fit_is_taken_off_again(pair, tmp_path):
     save_file({k: v for k, v in load_file(drop).items() if "lora_A" not in k}, drop)
     with pytest.raises(AdapterError, match="made for another model"):
         adapter.load_adapter(model, tmp_path / "other", "second")
+    # A rank that only the later of two target layers cannot carry: PEFT has changed the first one by then.
+    narrow = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2, bias=False), nn.Linear(2, 8))
+    partly = adapter.load_adapter(narrow, adapter_of(tmp_path / "small", narrow, ["0"]), "first")
+    big = adapter_of(tmp_path / "big", nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2), nn.Linear(8, 8)), ["0", "2"])
+    with pytest.raises(AdapterError, match="made for another model.*rank 4 exceeds the 2 inputs"):
+        adapter.load_adapter(partly, big, "second")
+    assert not [name for name, _ in partly.named_parameters() if "second" in name] and type(narrow[2]) is nn.Linear
+    assert set(partly.peft_config) == {"first"}
     assert set(model.peft_config) == {"first"}
     assert [p.requires_grad for p in model.parameters()] == flags
     torch.testing.assert_close(model(images()), outputs[0], atol=1e-6, rtol=0)

@@ -114,10 +114,11 @@ def test_compose(pipeline_folder, unlearn_command, tmp_path, capsys):
 
 def test_options_from_a_file_and_the_command_line_wins(unlearn_command, tmp_path, capsys):
     file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump({"max_train_steps": 9, "rank": 2, "variational": True}))
+    file.write_text(yaml.safe_dump({"max_train_steps": 9, "rank": 2, "variational": False, "overwrite": False}))
     main([*unlearn_command, f"--config={file}"])
     assert "after 3 steps" in capsys.readouterr().out
-    assert json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())["r"] == 2
+    adapter = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert adapter["r"] == 2 and adapter["variational"] is False
 
 
 def test_dry_run_writes_nothing(unlearn_command, tmp_path, capsys):

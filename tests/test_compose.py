@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributions import MultivariateNormal
 
 from vdu_peft import adapter
-from vdu_peft.adapter import load_adapter, save_adapter, variational_layers
+from vdu_peft.adapter import AdapterError, load_adapter, save_adapter, variational_layers
 from vdu_peft.compose import Factors, compose, posterior_product
 from vdu_peft.config import ConfigError, VDUConfig
 
@@ -102,11 +102,14 @@ def layers(folder):
 
 
 def factors_of(layer):
-    """The layer's posterior with the scaling inside lora_A, checked against the delta that PEFT would merge."""
+    """The layer's posterior with the scaling inside lora_A."""
     mean, log_std, lora_A = (t.detach().double() for t in layer._factors("default"))
-    delta = layer.get_delta_weight("default").double().flatten(1).unflatten(0, (len(mean), -1))
-    torch.testing.assert_close(mean @ lora_A * layer.scaling["default"], delta, atol=1e-6, rtol=1e-5)
     return Factors(mean, log_std, layer.scaling["default"] * lora_A)
+
+
+def merged_delta(layer):
+    """What PEFT would merge, as (1, out, in)."""
+    return layer.get_delta_weight("default").double().flatten(1)[None]
 
 
 def test_composed_adapter_is_a_plain_lora_of_the_product(tmp_path):
@@ -120,8 +123,7 @@ def test_composed_adapter_is_a_plain_lora_of_the_product(tmp_path):
     for name, layer in both.items():
         parts = [factors_of(first[name]), factors_of(second[name])]
         expected, _ = posterior_product(parts, layer.prior_std["default"], rank=layer.r["default"])
-        delta = factors_of(layer)
-        torch.testing.assert_close(delta.mean @ delta.lora_A, expected.mean @ expected.lora_A, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(merged_delta(layer), expected.mean @ expected.lora_A, atol=1e-6, rtol=1e-4)
     assert both["conv_in"].r["default"] == 6  # the sum of the ranks
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([5, 500])
     ours, stock = tiny_unet(), tiny_unet()
@@ -137,6 +139,45 @@ def test_a_layer_with_few_inputs_gets_no_more_directions_than_those(tmp_path):
     composed = layers(tmp_path / "ab")
     assert composed["conv_in"].r["default"] == 9  # 1 channel, 3 x 3
     assert composed["conv_out"].r["default"] == 12 and all(layer.scaling["default"] == 1 for layer in composed.values())
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
+def test_grouped_convolutions_and_names_inside_others(tmp_path):
+    """Only "0" is adapted, where "1.0" ends in the same name; rank 4 + 4 is 4 for each of two groups."""
+
+    def base():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, groups=2), nn.Sequential(nn.Conv2d(6, 2, 1)))
+
+    for seed in range(2):
+        model = adapter.attach(base(), VDUConfig(target_modules=r"0"))
+        torch.manual_seed(seed)
+        nn.init.normal_(model.base_model.model[0].lora_B["default"].weight)
+        save_adapter(model, tmp_path / str(seed))
+    folders = [tmp_path / "0", tmp_path / "1"]
+    for rank, expected in ((None, 8), (4, 4)):
+        discarded = compose(base(), folders, tmp_path / "both", rank=rank)
+        model = base()
+        load_adapter(model, tmp_path / "both")
+        ((name, layer),) = variational_layers(model)
+        assert name == "0" and layer.r["default"] == expected and discarded.keys() == {"0"}
+        parts = []
+        for folder in folders:
+            part = base()
+            load_adapter(part, folder)
+            parts.append(factors_of(next(variational_layers(part))[1]))
+        product, _ = posterior_product(parts, layer.prior_std["default"], rank=expected // 2)
+        composed = factors_of(layer)
+        torch.testing.assert_close(composed.mean @ composed.lora_A, product.mean @ product.lora_A, atol=1e-6, rtol=1e-4)
+
+
+def test_a_failure_leaves_the_model_as_it_was(tmp_path):
+    a, b = saved(tmp_path / "a", 1), saved(tmp_path / "b", 2)
+    model = tiny_unet()
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(AdapterError, match="cannot be written"):
+        compose(model, [a, b], tmp_path / "file" / "ab")
+    assert not list(variational_layers(model)) and all(p.requires_grad for p in model.parameters())
 
 
 def test_a_smaller_rank_is_kept_to(tmp_path):

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 def test_own_module(tmp_path):
     import own_module
 
-    result = own_module.main([f"--output_dir={tmp_path}", "--pretrain_steps=300", "--max_train_steps=60"])
+    result = own_module.main([f"--output_dir={tmp_path}", "--pretrain_steps=300", "--max_train_steps=300"])
     assert result.history[-1]["forget_ratio"] > 1.3 and result.status != "collapsed"
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from vdu_peft.adapter import AdapterError, adapter_scale, attach, load_adapter, save_adapter, variational_layers
+from vdu_peft.compose import compose
 from vdu_peft.config import VDUConfig
 from vdu_peft.hotswap import hotswap, prepare_hotswap
 
@@ -67,6 +68,39 @@ def test_scale_on_a_prepared_model_is_undone(adapters):
         assert torch.equal(scaled, tiny_unet()(*INPUT).sample)
 
 
+def test_other_adapters_and_ranks_by_layer_are_left_alone(adapters, tmp_path):
+    """A name inside another's, and a composed adapter, whose narrow layers have ranks of their own."""
+    compose(tiny_unet(), [adapters[1], saved(tmp_path / "x", 9, r=6)], tmp_path / "both")
+    peft_model = load_adapter(tiny_unet(), adapters[0], "one").eval()
+    load_adapter(peft_model, adapters[1], "ones")
+    prepare_hotswap(peft_model, max_rank=10)
+    with torch.no_grad():
+        hotswap(peft_model, tmp_path / "both", "one")
+        torch.testing.assert_close(peft_model(*INPUT).sample, fresh(tmp_path / "both"), atol=1e-5, rtol=0)
+        peft_model.set_adapter("ones")
+        torch.testing.assert_close(peft_model(*INPUT).sample, fresh(adapters[1]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
+def test_grouped_convolution(tmp_path):
+    def base():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(4, 6, 3, groups=2))
+
+    x, outputs = torch.randn(1, 4, 5, 5), []
+    for seed, rank in enumerate((2, 4)):
+        model = attach(base(), VDUConfig(r=rank, lora_alpha=3, target_modules=["0"]))
+        torch.manual_seed(seed)
+        nn.init.normal_(model.base_model.model[0].lora_B["default"].weight)
+        save_adapter(model, tmp_path / str(seed))
+        outputs.append(model.eval()(x).detach())
+    model = load_adapter(base(), tmp_path / "0").eval()
+    prepare_hotswap(model, max_rank=8)
+    for i in (1, 0):
+        hotswap(model, tmp_path / str(i))
+        torch.testing.assert_close(model(x), outputs[i], atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("trouble", ["larger rank", "other layers", "damaged", "gone"])
 def test_what_does_not_fit_changes_nothing(adapters, tmp_path, trouble):
     peft_model = load_adapter(tiny_unet(), adapters[0]).eval()
@@ -96,6 +130,13 @@ def test_what_cannot_be_prepared_is_refused(adapters):
         prepare_hotswap(peft_model, max_rank=3)
     with pytest.raises(AdapterError, match="call prepare_hotswap before compiling"):
         hotswap(peft_model, adapters[0])
+    assert all("default" in layer.lora_log_std for _, layer in variational_layers(peft_model))
+    peft_model.merge_adapter()
+    with pytest.raises(AdapterError, match="merged into the base"):
+        prepare_hotswap(peft_model, max_rank=4)
+    peft_model.unmerge_adapter()
     prepare_hotswap(peft_model, max_rank=4)
-    with pytest.raises(AdapterError, match="cannot take the place of 'other'"):
+    with pytest.raises(AdapterError, match="no adapter 'other' to take the place of"):
         hotswap(peft_model, adapters[0], adapter_name="other")
+    with pytest.raises(AdapterError, match="save it before prepare_hotswap"):
+        save_adapter(peft_model, adapters[0].parent / "padded")

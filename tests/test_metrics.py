@@ -50,7 +50,7 @@ def test_pul_interval_covers_as_often_as_it_says():
             covered += (before[b] * after[a]).item() * (low <= truth <= high)
     assert 0.95 <= covered < 0.995
     assert pul_interval(50, 0, 1000, 1000)[1] == 100
-    assert math.isnan(pul_interval(0, 0, 10, 10)[0])
+    assert all(math.isnan(bound) for bound in (*pul_interval(0, 0, 10, 10), *pul_interval(0, 3, 10, 10)))
 
 
 def test_retained_distance_does_not_see_the_forgotten_class():

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from vdu_peft import UnlearnConfig, VDUConfig, unlearn
-from vdu_peft.adapter import AdapterError
+from vdu_peft.adapter import AdapterError, variational_layers
 from vdu_peft.config import ConfigError
 from vdu_peft.data import DataError
 from vdu_peft.denoiser import Denoiser
@@ -146,7 +146,7 @@ def test_non_finite_loss_keeps_the_last_good_adapter(pipeline_folder, forget, tm
 def test_silent_failures_are_reported(pipeline_folder, forget):
     # Enough posterior noise to raise the forget loss by itself: it must not pass for learning.
     denoiser = Denoiser.from_pretrained(pipeline_folder)
-    noisy = VDUConfig.for_model(denoiser.model, init_scale=2.0)
+    noisy = VDUConfig.for_model(denoiser.model, init_scale=6.0)
     idle = unlearn(denoiser, forget, replace(FAST, learning_rate=1e-9, max_train_steps=30, train_batch_size=32), noisy)
     assert idle.history[0]["forget_ratio"] > 1.05
     assert idle.status == "nothing learned" and idle.failed
@@ -200,7 +200,7 @@ def test_first_step_on_a_class_conditional_model_is_the_stated_objective(forget)
     set_seed(0)  # what the trainer seeds its first step with
     images = forget[torch.randperm(8)[:4]]
     torch.randperm(4)
-    noise, timesteps = torch.randn(2, 4, 1, 8, 8)[0], torch.randint(1000, (2, 4))[0]
+    noise, timesteps = torch.randn(2, 4, 1, 8, 8)[0], torch.randint(1000, (4,))
     x_t = denoiser.add_noise(images, noise, timesteps)
     with torch.no_grad():
         under_forget, under_anchor = (denoiser.noise_pred(x_t, timesteps, torch.full((4,), c)) for c in (1, 2))
@@ -262,8 +262,39 @@ def test_classes_that_do_not_fit_the_model_are_refused(pipeline_folder, forget):
         unlearn(conditional_denoiser(2), forget, replace(CONDITIONAL, null_class=0))
     with pytest.raises(ConfigError, match="cannot be its own"):
         replace(CONDITIONAL, anchor_class=1)
-    with pytest.raises(ConfigError, match="replay_labels"):
-        unlearn(conditional_denoiser(), forget, CONDITIONAL, replay=torch.zeros(4, 1, 8, 8))
+    with pytest.raises(ConfigError, match="anchor_class: plasticity elbo"):
+        replace(CONDITIONAL, anchor_class=2, plasticity="elbo")
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (None, "which need one for every replay image"),
+        (torch.tensor([0, 2]), r"\[2\] labels for 4 replay images"),
+        (torch.tensor([0, 2, 4, 0]), "must lie in 0 to 3"),
+    ],
+    ids=["none", "few", "out of range"],
+)
+def test_replay_labels_that_do_not_fit_are_refused_before_anything(forget, labels, message):
+    denoiser = conditional_denoiser()
+    with pytest.raises(ConfigError, match=message):
+        unlearn(denoiser, forget, CONDITIONAL, replay=torch.zeros(4, 1, 8, 8), replay_labels=labels)
+    with pytest.raises(ConfigError, match="pass both or neither"):
+        unlearn(denoiser, forget, CONDITIONAL, replay_labels=torch.tensor([0]))
+    assert not list(variational_layers(denoiser.model))
+
+
+def test_forget_images_are_noised_at_least_to_min_forget_timestep(pipeline_folder, forget):
+    """Seen from outside: the model's timesteps of the first half of each training batch."""
+    seen = []
+    denoiser = Denoiser.from_pretrained(pipeline_folder)
+    add_noise = denoiser.add_noise
+    denoiser.add_noise = lambda images, noise, t: (seen.append(t), add_noise(images, noise, t))[1]
+    config = replace(FAST, min_forget_timestep=700, max_train_steps=30)
+    unlearn(denoiser, forget, config, replay=torch.zeros(4, 1, 8, 8))
+    drawn = torch.stack(seen)
+    assert 700 <= drawn[:, :4].min() < 720 and drawn[:, :4].max() > 980
+    assert drawn[:, 4:].min() < 60 and drawn[:, 4:].max() > 940
 
 
 def test_two_processes_equal_one(pipeline_folder, forget, tmp_path):

@@ -168,20 +168,34 @@ def save_adapter(peft_model: PeftModel, folder: str | Path, card: str | None = N
     The folder appears, or is replaced, by a rename, so that an interrupted save leaves the earlier one whole.
 
     Raises:
-        AdapterError: the folder cannot be written, as on a full disk; an earlier adapter there is kept.
+        AdapterError: the folder cannot be written, as on a full disk; an earlier adapter there is kept. Or the model
+            was prepared for hot-swapping, which pads the factors and drops the deviations.
+    """
+    scalings = (s for module in peft_model.modules() if isinstance(module, LoraLayer) for s in module.scaling.values())
+    if any(isinstance(scaling, torch.Tensor) for scaling in scalings):
+        raise AdapterError(f"{folder}: the model is prepared for hot-swapping; save it before prepare_hotswap")
+    with atomic_folder(Path(folder)) as fresh:
+        peft_model.save_pretrained(fresh)
+        # PEFT's own card is a form to fill in.
+        (fresh / "README.md").write_text(card or model_card("adapter", "not named", {}))
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A fresh folder beside ``folder`` that takes its place when the block ends without an error.
+
+    Raises:
+        AdapterError: it cannot be written; what was there before is kept.
     """
     try:
-        with atomic_folder(Path(folder)) as fresh:
-            peft_model.save_pretrained(fresh)
-            # PEFT's own card is a form to fill in.
-            (fresh / "README.md").write_text(card or model_card("adapter", "not named", {}))
+        with _atomic_folder(folder) as fresh:
+            yield fresh
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{folder}: cannot be written ({error}); what was there before is kept") from error
 
 
 @contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A fresh folder beside ``folder`` that takes its place when the block ends without an error."""
+def _atomic_folder(folder: Path) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     fresh.chmod(0o755)
@@ -226,8 +240,7 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "defa
             peft_model.add_adapter(adapter_name, config)
             _check_fit(peft_model, tensors, adapter_name, folder)
         except BaseException as error:
-            if adapter_name in peft_model.peft_config:
-                peft_model.delete_adapter(adapter_name)
+            _take_off(peft_model, adapter_name)
             for parameter, requires_grad in trainable:
                 parameter.requires_grad_(requires_grad)
             if isinstance(error, ValueError) and not isinstance(error, AdapterError):
@@ -235,6 +248,16 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "defa
             raise
     set_peft_model_state_dict(peft_model, tensors, adapter_name=adapter_name)
     return peft_model
+
+
+def _take_off(peft_model: PeftModel, adapter_name: str) -> None:
+    """Remove an adapter that may sit on some of its layers only, and the wrappers that it alone needed."""
+    peft_model.peft_config.pop(adapter_name, None)
+    for name, module in list(peft_model.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.delete_adapter(adapter_name)
+            if not module.r:
+                peft_model.set_submodule(name, module.get_base_layer())
 
 
 def _check_fit(peft_model: PeftModel, tensors: dict[str, torch.Tensor], adapter_name: str, folder) -> None:

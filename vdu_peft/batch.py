@@ -34,7 +34,7 @@ def draw_batch(
     """This process's share of a step.
 
     All processes draw the whole batch from the one seed and keep their share, so that P processes of batch
-    size b see what one of P·b sees.
+    size b see the images, noise and timesteps that one of P·b sees. (Their posterior noise is their own.)
     """
     batch_size = config.train_batch_size
     total = batch_size * accelerator.num_processes
@@ -43,8 +43,8 @@ def draw_batch(
     images = torch.stack([forget, replay[replay_indices]])  # (2, total, C, H, W)
     noise = torch.randn(images.shape)
     num_timesteps = denoiser.num_train_timesteps
-    lowest = torch.tensor([[config.min_forget_timestep * num_timesteps // 1000], [0]])
-    timesteps = lowest + torch.randint(num_timesteps, (2, total)) * (num_timesteps - lowest) // num_timesteps
+    lowest = config.min_forget_timestep * num_timesteps // 1000
+    timesteps = torch.stack([torch.randint(low, num_timesteps, (total,)) for low in (lowest, 0)])
     drawn = [images, noise, timesteps]
     if replay_labels is not None:
         labels = torch.stack([torch.full((total,), config.forget_class), replay_labels[replay_indices]])

@@ -18,12 +18,22 @@ CHECKPOINT_NAME = "checkpoint.safetensors"
 _RESUMABLE = ("checkpointing_steps", "report_to", "early_stopping")
 
 
-def run_options(config: UnlearnConfig, adapter: VDUConfig, forget: torch.Tensor) -> dict:
-    """What must be the same for a resumed run to give the same result."""
-    names = ("r", "lora_alpha", "prior_scale", "init_scale", "variational")
-    options = {name: value for name, value in asdict(config).items() if name not in _RESUMABLE}
-    images = hashlib.sha256(forget.contiguous().numpy().tobytes()).hexdigest()[:16]
-    return {**options, **{name: getattr(adapter, name) for name in names}, "forget_images": images}
+def run_options(
+    config: UnlearnConfig, adapter: VDUConfig, forget: torch.Tensor, replay: torch.Tensor | None, num_processes: int
+) -> dict:
+    """What must be the same for a resumed run to give the same result; ``replay`` is the caller's own, if any."""
+    names = ("r", "lora_alpha", "lora_dropout", "prior_scale", "init_scale", "variational")
+    return {
+        **{name: value for name, value in asdict(config).items() if name not in _RESUMABLE},
+        **{name: getattr(adapter, name) for name in names},
+        "forget_images": _digest(forget),
+        "replay_images": None if replay is None else _digest(replay),
+        "num_processes": num_processes,
+    }
+
+
+def _digest(images: torch.Tensor) -> str:
+    return hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 def save_checkpoint(output_dir: Path, parameters: dict, optimizer, history: list[dict], options: dict) -> None:

@@ -133,6 +133,8 @@ def _sample(args: argparse.Namespace) -> int:
         raise ConfigError(f"prompt: {args.model} is not a text-to-image model; leave it out")
     elif denoiser.num_classes:
         labels = args.class_labels or range(denoiser.num_classes)
+        if not {*labels} <= {*range(denoiser.num_classes)}:
+            raise ConfigError(f"class_labels must lie in 0 to {denoiser.num_classes - 1}")
         options["class_labels"] = [labels[i % len(labels)] for i in range(args.num_images)]
     elif args.class_labels:
         raise ConfigError("class_labels: the model is unconditional; leave them out")
@@ -207,7 +209,15 @@ def _evaluate(args: argparse.Namespace) -> int:
     source = ImageSource(
         args.reference, split=args.dataset_split, image_column=args.image_column, label_column=args.label_column
     )
+    if (denoiser.image_size, denoiser.channels) != (judge.image_size, judge.channels):
+        raise ConfigError(
+            f"judge: takes {judge.channels} x {judge.image_size[0]} x {judge.image_size[1]} images, "
+            f"{args.model} draws {denoiser.channels} x {denoiser.image_size[0]} x {denoiser.image_size[1]}"
+        )
     reference, labels = source.load_labelled(denoiser.image_size, denoiser.channels)
+    retained = int((labels != args.forget_class).sum())
+    if retained < 100:
+        raise ConfigError(f"reference: {retained} images without the forget class are too few for a u-FID; give 100")
     denoiser.model = load_adapter(denoiser.model, args.adapter).get_base_model()
     sampling = {"seed": args.seed, "num_inference_steps": args.num_inference_steps}
     if denoiser.num_classes:

@@ -15,7 +15,7 @@ from torch import nn
 
 from vdu_peft.adapter import attach, detach, load_adapter, read_adapter_weights, save_adapter, variational_layers
 from vdu_peft.card import model_card
-from vdu_peft.config import ConfigError, VDUConfig
+from vdu_peft.config import ConfigError, VDUConfig, exactly
 
 
 class Factors(NamedTuple):
@@ -47,6 +47,8 @@ def posterior_product(factors: Sequence[Factors], prior_std: float, rank: int) -
     stacked = torch.cat([f.lora_A for f in factors], dim=-2)  # (..., R, in)
     basis = torch.linalg.qr(stacked.mT).Q  # (..., in, R)
     size = basis.shape[-1]
+    if rank > size:
+        raise ConfigError(f"rank {rank} exceeds the {size} directions of a layer; lower it")
     identity = torch.eye(size, dtype=torch.float64)
     precision = identity.expand(*stacked.shape[:-2], rows, size, size) / prior_std**2
     evidence = torch.zeros(*stacked.shape[:-2], rows, size, dtype=torch.float64)
@@ -73,8 +75,6 @@ def posterior_product(factors: Sequence[Factors], prior_std: float, rank: int) -
     # Right singular vectors of the mean delta; all R of them, also where the layer has fewer rows.
     energy, right = torch.linalg.eigh(delta.mT @ delta)
     energy, right = energy.flip(-1).clamp_min(0), right.flip(-1)[..., :rank]  # (..., R), (..., R, rank)
-    if rank > size:
-        raise ConfigError(f"rank {rank} exceeds the {size} directions of a layer; lower it")
     per_row = right.unsqueeze(-3)
     variance = (per_row.mT @ covariance @ per_row).diagonal(dim1=-2, dim2=-1)
     discarded = energy[..., rank:].sum() / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)
@@ -91,7 +91,7 @@ def compose(
     """Write one adapter that stands for several saved ones of the same base model.
 
     Args:
-        model: the base, without an adapter; it is left frozen, otherwise as it was.
+        model: the base, without an adapter; it is left as it was.
         folders: saved adapters.
         output_dir: the new adapter's folder.
         base_model: its name on the new adapter's card.
@@ -118,6 +118,16 @@ def compose(
                 "only posteriors of one prior have a product"
             )
         read_adapter_weights(folder)
+    trainable = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        return _compose(model, folders, configs, Path(output_dir), rank, base_model)
+    finally:
+        detach(model)
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+
+
+def _compose(model, folders, configs, output_dir, rank, base_model) -> dict[str, float]:
     factors: dict[str, list[Factors]] = {}
     prior_std: dict[str, float] = {}
     for folder in folders:
@@ -127,36 +137,35 @@ def compose(
             factors.setdefault(name, []).append(Factors(mean, log_std, layer.scaling["default"] * lora_A))
             prior_std[name] = layer.prior_std["default"]
         detach(model)
-    total = rank or sum(config.r for config in configs)
-    # A layer with few inputs has no more directions than those.
-    ranks = {name: min(total, *_directions(of_layer)) for name, of_layer in factors.items()}
+    # Per group: a layer has no more directions than its adapters together, and than it has inputs.
+    wanted = rank or sum(config.r for config in configs)
+    per_group = {name: min(max(wanted // len(f[0].mean), 1), *_directions(f)) for name, f in factors.items()}
+    ranks = {name: per_group[name] * len(f[0].mean) for name, f in factors.items()}
+    total = max(ranks.values())
     # PEFT takes a pattern for the end of a name, too; the lookbehind makes it the whole name.
-    exactly = {f"(?<!.){re.escape(name)}": r for name, r in ranks.items() if r != total}
-    config = VDUConfig.for_model(
-        model,
-        target_modules=list(factors),
+    by_layer = {f"(?<!.){re.escape(name)}": r for name, r in ranks.items() if r != total}
+    config = VDUConfig(
+        target_modules=exactly(list(factors), model),
         r=total,
         lora_alpha=total,
-        rank_pattern=exactly,
-        alpha_pattern=exactly,
+        rank_pattern=by_layer,
+        alpha_pattern=by_layer,
         prior_scale=configs[0].prior_scale,
         init_scale=configs[0].init_scale,
     )
     peft_model = attach(model, config)
     discarded = {}
     for name, layer in variational_layers(model):
-        composed, discarded[name] = posterior_product(factors[name], prior_std[name], ranks[name])
+        composed, discarded[name] = posterior_product(factors[name], prior_std[name], per_group[name])
         targets = (layer.lora_B["default"].weight, layer.lora_log_std["default"], layer.lora_A["default"].weight)
         for parameter, value in zip(targets, composed, strict=True):
             parameter.data.copy_(value.reshape(parameter.shape))
     cut = f"{max(discarded.values()):.2%} of a layer's delta at most"
     facts = {"product of": f"{len(configs)} adapters", "rank": total, "energy discarded by the rank": cut}
     save_adapter(peft_model, output_dir, model_card("adapter", base_model, facts))
-    detach(model)
     return discarded
 
 
 def _directions(factors: Sequence[Factors]) -> tuple[int, int]:
-    """What bounds the rank of a layer's composed delta: ranks together, and columns."""
-    groups = factors[0].lora_A.shape[0]
-    return groups * sum(f.lora_A.shape[-2] for f in factors), groups * factors[0].lora_A.shape[-1]
+    """What bounds the rank of a group's composed delta: the ranks together, and the columns."""
+    return sum(f.lora_A.shape[-2] for f in factors), factors[0].lora_A.shape[-1]

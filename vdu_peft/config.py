@@ -72,7 +72,7 @@ class VDUConfig(LoraConfig):
             rank = options.get("r", cls.r)
             names = [name for name, module in model.named_modules() if _adaptable(module, rank)]
             attention = any("transformer_blocks" in name for name in names)
-            options["target_modules"] = ATTENTION_PROJECTIONS if attention else _exactly(names, model)
+            options["target_modules"] = ATTENTION_PROJECTIONS if attention else exactly(names, model)
         return cls(**options)
 
     @classmethod
@@ -104,7 +104,7 @@ def _adaptable(module: nn.Module, rank: int) -> bool:
     return isinstance(module, nn.Linear) and rank <= module.in_features
 
 
-def _exactly(names: list[str], model: nn.Module) -> list[str] | str:
+def exactly(names: list[str], model: nn.Module) -> list[str] | str:
     """``target_modules`` that match these modules and no other: PEFT takes a name for the end of a name, too."""
     targets = set(names)
     others = [name for name, _ in model.named_modules() if name not in targets]
@@ -120,7 +120,7 @@ class UnlearnConfig:
 
     loss = plasticity + redirect + stability_weight · stability + kl_weight · KL / (N_forget · D)
 
-    ``redirect`` is there for class-conditional models only.
+    ``redirect`` is there for class-conditional and text-to-image models with ``hinge`` only.
 
     Args:
         plasticity: ``hinge`` (bounded, default) or ``elbo`` (the paper's, unbounded).
@@ -145,7 +145,7 @@ class UnlearnConfig:
         replay_inference_steps: sampler steps for them.
         replay_keep_quantile: replay images whose forget-likeness exceeds this quantile of the forget
             images' own are dropped.
-        early_stopping: stop once the forget target holds.
+        early_stopping: stop once the forget target holds; not with a condition, whose redirection has no target value.
         checkpointing_steps: save every so many steps; 0 never.
         report_to: tracker of accelerate, such as ``tensorboard``; None for none.
         seed: of everything random.
@@ -201,6 +201,10 @@ class UnlearnConfig:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.forget_class is None and (self.anchor_class, self.null_class) != (None, None):
             raise ConfigError("anchor_class and null_class need forget_class, the label to forget")
+        if self.plasticity == "elbo" and self.anchor_class is not None:
+            raise ConfigError(
+                "anchor_class: plasticity elbo redirects to nothing; use hinge, or leave anchor_class out"
+            )
         if self.forget_class is not None and self.forget_class in (self.anchor_class, self.null_class):
             raise ConfigError(f"forget_class {self.forget_class} cannot be its own anchor_class or null_class")
         if not 0 <= self.min_forget_timestep < 1000:

@@ -26,7 +26,7 @@ class Denoiser:
 
     Args:
         model: called as ``model(x_t, timesteps)`` with x_t (N, C, H, W) and timesteps (N,) int64, and with
-            ``class_labels=`` (N,) when ``num_classes`` is given; returns a tensor (N, C, H, W) or an object
+            ``class_labels=`` (N,) when its config has ``num_class_embeds``; returns a tensor (N, C, H, W) or an object
             with ``.sample``. Twice the channels means that a variance is learned too; it is left alone.
         scheduler: a diffusers scheduler; its betas and ``prediction_type`` are used.
         image_size: (height, width); taken from ``model.config.sample_size`` when None.
@@ -54,7 +54,7 @@ class Denoiser:
         self.model = model
         self.null_label: int | None = None
         self.name = type(model).__name__
-        self.stored_dtype = next(model.parameters(), torch.empty(0)).dtype
+        self.stored_dtype = self.dtype
         self.scheduler = DDPMScheduler.from_config(scheduler.config)
         self.prediction_type = self.scheduler.config.prediction_type
         if self.prediction_type not in PREDICTION_TYPES:
@@ -97,6 +97,10 @@ class Denoiser:
         return next(self.model.parameters()).device
 
     @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters(), torch.empty(0)).dtype
+
+    @property
     def num_train_timesteps(self) -> int:
         return self.scheduler.config.num_train_timesteps
 
@@ -115,7 +119,7 @@ class Denoiser:
     def _predict(self, x_t, timesteps, class_labels, model: nn.Module) -> torch.Tensor:
         """What the network predicts, float32, without a learned variance."""
         condition = {} if class_labels is None else self.condition(class_labels)
-        output = model(x_t.to(next(self.model.parameters()).dtype), timesteps, **condition)
+        output = model(x_t.to(self.dtype), timesteps, **condition)
         return getattr(output, "sample", output)[:, : self.latent_shape[0]].float()
 
     def add_noise(self, images: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:

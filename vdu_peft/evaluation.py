@@ -1,6 +1,7 @@
 """Samples → judge → figures → Report, and the pictures a person would rather look at."""
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -70,8 +71,15 @@ class Report:
         return rows
 
     def save(self, file: Path, **context) -> None:
-        """Write the figures as JSON with whatever tells how they came about."""
-        file.write_text(json.dumps({**asdict(self), **context}, indent=2, default=str) + "\n")
+        """Write the figures as JSON with whatever tells how they came about; what is not a number becomes null."""
+        figures = {name: _finite(value) for name, value in asdict(self).items()}
+        file.write_text(json.dumps({**figures, **context}, indent=2, default=str, allow_nan=False) + "\n")
+
+
+def _finite(value):
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def versions() -> dict[str, str]:

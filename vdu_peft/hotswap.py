@@ -1,17 +1,16 @@
-"""Swap one adapter for another in a live, compiled model, on PEFT's hot-swapping.
+"""Swap one adapter for another in a live, compiled model.
 
-PEFT swaps ``lora_A`` and ``lora_B`` in place, padded to a common rank. A model prepared for it serves posterior
-means: the deviations, which only training and sampling need, are dropped.
+PEFT pads the factors to a common rank and turns the scalings into tensors, so that both can be written in place. A
+model prepared for it serves posterior means: the deviations, which only training and sampling need, are dropped.
 """
 
 from pathlib import Path
 
+import torch
 from peft import PeftModel
-from peft.utils.hotswap import (
-    check_hotswap_configs_compatible,
-    hotswap_adapter_from_state_dict,
-    prepare_model_for_compiled_hotswap,
-)
+from peft.tuners.lora import LoraLayer
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap
+from peft.utils.other import get_pattern_key
 from torch import nn
 
 from vdu_peft.adapter import AdapterError, read_adapter_weights, variational_layers
@@ -22,23 +21,30 @@ def prepare_hotswap(peft_model: PeftModel, max_rank: int) -> None:
     """Make room for adapters of up to ``max_rank``; after loading the first one, before ``torch.compile``.
 
     Raises:
-        AdapterError: the first adapter's own rank is larger, or the model is compiled already.
+        AdapterError: an adapter's own rank is larger, or the model is merged or compiled already; nothing is changed.
     """
     for name, config in peft_model.peft_config.items():
         largest = max([config.r, *config.rank_pattern.values()])
         if largest > max_rank:
             raise AdapterError(f"max_rank {max_rank}: the adapter {name!r} has rank {largest}; raise it")
-        for _, layer in variational_layers(peft_model, name):
-            if name in layer.lora_log_std:
-                del layer.lora_log_std[name]
+    if any(isinstance(module, LoraLayer) and module.merged for module in peft_model.modules()):
+        raise AdapterError("prepare_hotswap: the adapter is merged into the base; unmerge_adapter() first")
     try:
         prepare_model_for_compiled_hotswap(peft_model, target_rank=max_rank)
     except ValueError as error:
         raise AdapterError(f"prepare_hotswap: {error}") from error
+    for name in peft_model.peft_config:
+        for _, layer in variational_layers(peft_model, name):
+            if name in layer.lora_log_std:
+                del layer.lora_log_std[name]
 
 
+@torch.no_grad()
 def hotswap(model: nn.Module, folder: str | Path, adapter_name: str = "default") -> None:
     """Put a saved adapter in the place of ``adapter_name``, without a new module and without recompiling.
+
+    PEFT's own ``hotswap_adapter`` knows no deviations, takes ``rank_pattern`` for the ends of other names, and clears
+    every adapter whose name contains this one's.
 
     Args:
         model: a PeftModel, or ``torch.compile`` of one, through :func:`prepare_hotswap`.
@@ -49,30 +55,43 @@ def hotswap(model: nn.Module, folder: str | Path, adapter_name: str = "default")
     """
     peft_model = getattr(model, "_orig_mod", model)
     config = VDUConfig.from_pretrained(folder)
-    means = {
-        key.replace(".weight", f".{adapter_name}.weight"): tensor
-        for key, tensor in read_adapter_weights(folder).items()
-        if "lora_log_std" not in key
+    factors = {k: t for k, t in read_adapter_weights(folder).items() if "lora_log_std" not in k}
+    layers = {
+        name: module
+        for name, module in peft_model.named_modules()
+        if isinstance(module, LoraLayer) and adapter_name in module.r
     }
-    try:
-        check_hotswap_configs_compatible(peft_model.peft_config[adapter_name], config)
-    except (KeyError, ValueError) as error:
-        raise AdapterError(f"{folder}: cannot take the place of {adapter_name!r}: {error}") from error
-    there = {key: p for key, p in peft_model.named_parameters() if "lora_" in key and f".{adapter_name}." in key}
-    if any(adapter_name in layer.lora_log_std for _, layer in variational_layers(peft_model, adapter_name)):
+    if not layers:
+        raise AdapterError(f"the model has no adapter {adapter_name!r} to take the place of")
+    if not all(isinstance(layer.scaling[adapter_name], torch.Tensor) for layer in layers.values()):
         raise AdapterError("the model is not prepared for hot-swapping; call prepare_hotswap before compiling")
-    for key in sorted(means.keys() | there.keys()):
-        new, old = means.get(key), there.get(key)
-        # Ranks may differ, up to the room there is; what surrounds them may not.
-        axis = 0 if ".lora_A." in key else 1
-        fits = (
-            new is not None
-            and old is not None
-            and new.shape[axis] <= old.shape[axis]
-            and [n for i, n in enumerate(new.shape) if i != axis] == [n for i, n in enumerate(old.shape) if i != axis]
-        )
-        if not fits:
-            found = "is missing" if new is None else f"has shape {list(new.shape)}"
-            need = "has no such layer" if old is None else f"has room for {list(old.shape)}"
-            raise AdapterError(f"{folder}: does not fit: {key} {found}, the model {need}")
-    hotswap_adapter_from_state_dict(peft_model, means, adapter_name, config)
+    if any(layer.merged for layer in layers.values()):
+        raise AdapterError("hotswap: the adapter is merged into the base; unmerge_adapter() first")
+    wanted = {f"{name}.{factor}.weight" for name in layers for factor in ("lora_A", "lora_B")}
+    for key in sorted(factors.keys() ^ wanted):
+        raise AdapterError(f"{folder}: does not fit: {key} is {'missing' if key in wanted else 'not in the model'}")
+
+    writes = []
+    for name, layer in layers.items():
+        groups = getattr(layer.get_base_layer(), "groups", 1)
+        new_A, new_B = factors[f"{name}.lora_A.weight"], factors[f"{name}.lora_B.weight"]
+        # Rank sits in A's rows, group by group, and in B's columns.
+        old_A = layer.lora_A[adapter_name].weight.data.unflatten(0, (groups, -1))
+        old_B = layer.lora_B[adapter_name].weight.data
+        rank = len(new_A)
+        new_A = new_A.unflatten(0, (groups, -1)) if rank % groups == 0 else new_A
+        for old, new, factor in ((old_A, new_A, "lora_A"), (old_B, new_B, "lora_B")):
+            same = old.ndim == new.ndim and all(o == n for i, (o, n) in enumerate(zip(old.shape, new.shape)) if i != 1)  # noqa: B905
+            if not same or new.shape[1] > old.shape[1]:
+                raise AdapterError(
+                    f"{folder}: does not fit: {name}.{factor} has shape {list(new.shape)}, there is room for "
+                    f"{list(old.shape)}"
+                )
+            writes.append((old, new))
+        module_name = name.removeprefix("base_model.model.")
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), module_name), config.lora_alpha)
+        scaling = alpha / rank**0.5 if config.use_rslora else alpha / rank
+        writes.append((layer.scaling[adapter_name], torch.tensor(scaling)))
+    for old, new in writes:
+        old.zero_()
+        (old.narrow(1, 0, new.shape[1]) if new.ndim > 0 else old).copy_(new)

@@ -20,6 +20,7 @@ class Judge(nn.Module):
     """
 
     num_features = 64
+    image_size, channels = (28, 28), 1
 
     def __init__(self, num_classes: int = 10):
         super().__init__()

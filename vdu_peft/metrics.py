@@ -25,11 +25,11 @@ def pul_interval(
 
     Given their sum, ``after`` is binomial with odds (share after · num_after) / (share before · num_before) where
     shares are small (Przyborowski and Wilenski 1940), so the exact binomial interval of Clopper and Pearson serves;
-    a little too wide otherwise. (nan, nan) if the class was never drawn.
+    a little too wide otherwise. (nan, nan) if the class was not drawn before.
     """
     from scipy.stats import binomtest
 
-    if before + after == 0:
+    if before == 0:
         return float("nan"), float("nan")
     interval = binomtest(after, before + after).proportion_ci(confidence, method="exact")
     low, high = (p / (1 - p) * num_before / num_after if p < 1 else float("inf") for p in interval)
@@ -52,13 +52,16 @@ def precision_recall(features: torch.Tensor, reference: torch.Tensor, neighbours
     features, reference = features.double(), reference.double()
 
     def radii(points: torch.Tensor) -> torch.Tensor:
-        # The nearest of all is the point itself.
-        return torch.cdist(points, points).kthvalue(neighbours + 1, dim=1).values
+        # The nearest of all is the point itself. In chunks: all distances at once would not fit for large sets.
+        return torch.cat([torch.cdist(p, points).kthvalue(neighbours + 1).values for p in points.split(1000)])
 
-    distance = torch.cdist(features, reference)
-    precision = (distance <= radii(reference)).any(1).double().mean().item()
-    recall = (distance <= radii(features)[:, None]).any(0).double().mean().item()
-    return precision, recall
+    def share_inside(points: torch.Tensor, manifold: torch.Tensor) -> float:
+        reach = radii(manifold)
+        return (
+            torch.cat([(torch.cdist(p, manifold) <= reach).any(1) for p in points.split(1000)]).double().mean().item()
+        )
+
+    return share_inside(features, reference), share_inside(reference, features)
 
 
 def kernel_distance(features: torch.Tensor, reference: torch.Tensor, seed: int = 0) -> float:

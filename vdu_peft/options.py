@@ -13,6 +13,8 @@ from vdu_peft.export import DTYPES, FORMATS
 
 # The adapter's options, by the names that diffusers' LoRA scripts use.
 ADAPTER_OPTIONS = {"rank": "r", "lora_alpha": "lora_alpha", "prior_scale": "prior_scale", "init_scale": "init_scale"}
+# Options that are on unless switched off.
+_NEGATABLE = {"variational"} | {f.name for f in dataclasses.fields(UnlearnConfig) if f.type is bool}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -31,6 +33,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             description=summary,
             epilog=f"example:\n  {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
         sub.set_defaults(command=name)
         sub.add_argument("--config", type=Path, help="YAML or JSON file of options; the command line wins over it")
@@ -174,6 +177,8 @@ def _with_config_file(parser: argparse.ArgumentParser, argv: list[str] | None) -
     for name, value in options.items():
         if value is True:
             given.append(f"--{name}")
+        elif value is False and name in _NEGATABLE:
+            given.append(f"--no-{name}")
         elif value is not False and value is not None:
             given += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return parser.parse_args(argv[:1] + given + argv[1:])

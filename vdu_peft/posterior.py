@@ -71,7 +71,8 @@ def sampled_output(hidden: torch.Tensor, mean: torch.Tensor, log_std: torch.Tens
     draws are small, where a noise value for every output element took as long as the rest of the layer.
 
     Args:
-        hidden: h = A x, (batch, ..., r) for a linear layer, or (batch, r, height, width) for a convolution.
+        hidden: h = A x, (batch, ..., r) for a linear layer, or (batch, r, height, width) for a convolution; the
+            first dimension is taken for the batch.
         mean: M, (out, r) or (out, r / groups, 1, 1).
         log_std: ln S, as ``mean``.
         groups: groups of the convolution.

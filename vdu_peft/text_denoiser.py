@@ -136,10 +136,8 @@ class TextDenoiser(Denoiser):
 
     def condition(self, class_labels: torch.Tensor) -> dict:
         """The UNet's keyword arguments for labels (N,) int64 of :attr:`prompts`."""
-        dtype = next(self.model.parameters()).dtype
-        rows = {
-            name: table[class_labels.cpu()].to(class_labels.device, dtype) for name, table in self._embeddings.items()
-        }
+        labels = class_labels.cpu()
+        rows = {name: table[labels].to(class_labels.device, self.dtype) for name, table in self._embeddings.items()}
         condition = {"encoder_hidden_states": rows.pop("encoder_hidden_states")}
         return {**condition, "added_cond_kwargs": rows} if rows else condition
 

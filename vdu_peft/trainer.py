@@ -45,7 +45,8 @@ class UnlearnResult:
     Attributes:
         model: the PEFT model with the trained adapter; its base is the model passed in.
         denoiser: the denoiser around it.
-        history: one record per optimizer step: loss, plasticity, stability, kl (nats), forget_ratio.
+        history: one record per optimizer step: loss, plasticity, stability, kl (nats), forget_ratio; redirect, too,
+            of a class-conditional model.
         status: ``forgotten``, ``partly forgotten``, ``nothing learned`` or ``collapsed``.
         num_replay: replay images kept by the filter.
         trained_parameters: adapter parameters that the optimizer saw.
@@ -96,6 +97,7 @@ def unlearn(
     denoiser = as_denoiser(model)
     _check_classes(denoiser, config)
     forget = check_images(forget, denoiser.image_size, denoiser.channels, "forget images")
+    replay = given_replay = _check_replay(replay, replay_labels, denoiser)
     output_dir = Path(output_dir) if output_dir is not None else None
     # accelerate keeps one precision per process and refuses another: a second run may well want one.
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
@@ -129,14 +131,12 @@ def unlearn(
                 progress=not bar_off,
             )
     else:
-        replay = denoiser.encode(check_images(replay, denoiser.image_size, denoiser.channels, "replay images"))
-        if (replay_labels is not None) != bool(denoiser.num_classes):
-            raise ConfigError("replay_labels are for class-conditional models, which need one for every replay image")
+        replay = denoiser.encode(replay)
     parameters = {n: p for n, p in denoiser.model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.Adam(parameters.values(), lr=config.learning_rate)
     forget_set = ImageDataset(forget, config.random_flip)
 
-    options = run_options(config, peft_model.peft_config["default"], images)
+    options = run_options(config, peft_model.active_peft_config, images, given_replay, accelerator.num_processes)
     history: list[dict[str, float]] = []
     if resume:
         history = load_checkpoint(output_dir, parameters, optimizer, options)
@@ -153,6 +153,9 @@ def unlearn(
             terms: dict[str, torch.Tensor] = {}
             for _ in range(config.gradient_accumulation_steps):
                 batch = draw_batch(forget_set, replay, replay_labels, config, denoiser, accelerator)
+                if accelerator.num_processes > 1:
+                    # Alike so far; the posterior's draws must be each process's own.
+                    torch.manual_seed(int(torch.randint(2**31, ())) + accelerator.process_index)
                 # Around the backward too: gradient checkpointing runs the forward again in it.
                 with posterior_noise(denoiser.model):
                     batch_terms = _terms(denoiser, network, batch, config, accelerator)
@@ -208,6 +211,24 @@ def _lr_factor(step: int, max_train_steps: int) -> float:
     return min((step + 1) / warmup, (max_train_steps - step) / (max_train_steps - warmup + 1))
 
 
+def _check_replay(
+    replay: torch.Tensor | None, replay_labels: torch.Tensor | None, denoiser: Denoiser
+) -> torch.Tensor | None:
+    if replay is None:
+        if replay_labels is not None:
+            raise ConfigError("replay_labels are those of replay images; pass both or neither")
+        return None
+    replay = check_images(replay, denoiser.image_size, denoiser.channels, "replay images")
+    if (replay_labels is not None) != bool(denoiser.num_classes):
+        raise ConfigError("replay_labels are for class-conditional models, which need one for every replay image")
+    if replay_labels is not None:
+        if replay_labels.shape != (len(replay),):
+            raise ConfigError(f"replay_labels: {list(replay_labels.shape)} labels for {len(replay)} replay images")
+        if not 0 <= replay_labels.min() <= replay_labels.max() < denoiser.num_classes:
+            raise ConfigError(f"replay_labels must lie in 0 to {denoiser.num_classes - 1}")
+    return replay
+
+
 @contextmanager
 def _prepared(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
     """accelerate's wrapped (model, optimizer); its autocast comes off the caller's model however the run ends."""
@@ -247,7 +268,7 @@ def _terms(
     with accelerator.autocast():
         with torch.no_grad(), adapter_scale(denoiser.model, 0):  # the teacher: the same module, adapter off
             base_noise_pred = denoiser.noise_pred(x_t, timesteps, labels)
-            if labels is not None:
+            if labels is not None and config.plasticity == "hinge":
                 anchor_noise_pred = denoiser.noise_pred(x_t[:half], timesteps[:half], anchors)
         noise_pred = denoiser.noise_pred(x_t, timesteps, labels, model=network)
     loss = objective.denoising_loss(noise_pred[:half], noise[:half])
