@@ -121,9 +121,9 @@ def test_stock_pipelines_load_the_lora_file(text_pipeline, tmp_path, file_format
     base, adapter = text_pipeline
     export_lora(adapter, tmp_path / "lora", file_format)
     denoiser = TextDenoiser.from_pretrained(base, ["a cat"])
-    untouched = denoiser.sample(1, seed=3, num_inference_steps=4, class_labels=[0])
+    untouched = denoiser.sample(1, seed=3, num_inference_steps=4, class_labels=[0], guidance_scale=1)
     load_adapter(denoiser.model, adapter)
-    ours = (denoiser.sample(1, seed=3, num_inference_steps=4, class_labels=[0]) + 1) / 2
+    ours = (denoiser.sample(1, seed=3, num_inference_steps=4, class_labels=[0], guidance_scale=1) + 1) / 2
     assert (ours - (untouched + 1) / 2).abs().max() > 0.01
 
     pipeline = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
@@ -145,7 +145,7 @@ def test_a_text_pipeline_is_merged_whole(text_pipeline, tmp_path):
     merge(base, adapter, tmp_path / "merged")
     denoiser = TextDenoiser.from_pretrained(base, ["a cat"])
     load_adapter(denoiser.model, adapter)
-    ours = (denoiser.sample(1, seed=3, num_inference_steps=4, class_labels=[0]) + 1) / 2
+    ours = (denoiser.sample(1, seed=3, num_inference_steps=4, class_labels=[0], guidance_scale=1) + 1) / 2
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "merged", safety_checker=None)
     torch.testing.assert_close(draw(pipeline), ours, atol=1e-3, rtol=0)
 

@@ -47,7 +47,8 @@ def test_samples_are_those_of_the_stock_pipeline(tmp_path, family, prediction_ty
         **negative,
     ).images
     torch.testing.assert_close((ours + 1) / 2, stock, atol=1e-5, rtol=0)
-    other = denoiser.sample(2, seed=5, num_inference_steps=4, class_labels=labels[::-1])
+    options = {"num_inference_steps": 4, "guidance_scale": guidance_scale}
+    other = denoiser.sample(2, seed=5, class_labels=labels[::-1], **options)
     assert not torch.allclose(ours, other, atol=1e-3)  # the prompt matters
 
 

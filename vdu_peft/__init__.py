@@ -7,12 +7,14 @@ from vdu_peft.data import ImageSource
 from vdu_peft.denoiser import Denoiser
 from vdu_peft.export import export_lora, merge
 from vdu_peft.hotswap import hotswap, prepare_hotswap
+from vdu_peft.text_denoiser import TextDenoiser
 from vdu_peft.trainer import UnlearnResult, unlearn
 from vdu_peft.version import __version__
 
 __all__ = [
     "Denoiser",
     "ImageSource",
+    "TextDenoiser",
     "UnlearnConfig",
     "UnlearnResult",
     "VDUConfig",

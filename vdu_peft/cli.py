@@ -123,7 +123,7 @@ def _sample(args: argparse.Namespace) -> int:
         raise ConfigError(f"num_images must be at least 1, not {args.num_images}")
     if args.output_file.suffix.lower() not in Image.registered_extensions():
         raise ConfigError(f"{args.output_file}: not an image file name; end it in .png")
-    denoiser = open_denoiser(args.model, args.prompt)
+    denoiser = open_denoiser(args.model, args.prompt).to_best_device()
     options = {"seed": args.seed, "num_inference_steps": args.num_inference_steps}
     if isinstance(denoiser, TextDenoiser):
         labels = [denoiser.label(prompt) for prompt in args.prompt or [""]]
@@ -218,7 +218,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     retained = int((labels != args.forget_class).sum())
     if retained < 100:
         raise ConfigError(f"reference: {retained} images without the forget class are too few for a u-FID; give 100")
-    denoiser.model = load_adapter(denoiser.model, args.adapter).get_base_model()
+    denoiser.model = load_adapter(denoiser.to_best_device().model, args.adapter).get_base_model()
     sampling = {"seed": args.seed, "num_inference_steps": args.num_inference_steps}
     if denoiser.num_classes:
         sampling["class_labels"] = [i % denoiser.num_classes for i in range(args.num_samples)]

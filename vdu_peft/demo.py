@@ -27,9 +27,7 @@ def assets() -> Path:
 
 def base_denoiser() -> Denoiser:
     """The demo's base model, on a GPU where there is one."""
-    denoiser = Denoiser.from_pretrained(assets() / "ddpm")
-    denoiser.model.to("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    return denoiser
+    return Denoiser.from_pretrained(assets() / "ddpm").to_best_device()
 
 
 def demo_samples(denoiser: Denoiser, num_samples: int, seed: int, progress: str) -> torch.Tensor:

@@ -36,6 +36,9 @@ class Denoiser:
         ModelError: an unknown prediction type, or a size that neither the model nor the caller names.
     """
 
+    # Classifier-free guidance that its users sample with; 1 is none.
+    guidance_scale = 1.0
+
     def __init__(
         self,
         model: nn.Module,
@@ -91,6 +94,11 @@ class Denoiser:
         denoiser.name = folder.resolve().name if folder.is_dir() else str(name_or_path)
         denoiser.stored_dtype = stored_dtype(unet_folder)
         return denoiser
+
+    def to_best_device(self) -> "Denoiser":
+        """Move to a GPU where there is one (CUDA, then MPS); returns self."""
+        self.model.to("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -155,7 +163,7 @@ class Denoiser:
         num_inference_steps: int = 25,
         batch_size: int = 64,
         class_labels: Sequence[int] | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | None = None,
         decode: bool = True,
         progress: str | None = None,
     ) -> torch.Tensor:
@@ -164,7 +172,8 @@ class Denoiser:
         Every image has its own generator, so image i of a seed is the same whatever the batch size.
 
         Args:
-            guidance_scale: classifier-free guidance (Ho and Salimans 2022) away from ``null_label``; 1 is none.
+            guidance_scale: classifier-free guidance (Ho and Salimans 2022) away from ``null_label``; 1 is none, the
+                model's own :attr:`guidance_scale` when None.
             decode: False returns what :meth:`encode` would make of the images.
             progress: label of a progress bar; none when None.
 
@@ -174,6 +183,7 @@ class Denoiser:
         Raises:
             ModelError: more steps than the schedule has, or guidance for a model without a null label.
         """
+        guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
         if guidance_scale != 1 and (self.null_label is None or class_labels is None):
             raise ModelError("guidance needs class labels and a null label, the one that stands for no condition")
         if not 1 <= num_inference_steps <= self.num_train_timesteps:
@@ -258,7 +268,9 @@ def as_denoiser(model: Denoiser | DiffusionPipeline | str | Path) -> Denoiser:
         return model
     if isinstance(model, DiffusionPipeline):
         if not isinstance(getattr(model, "unet", None), UNet2DModel):
-            raise ModelError(f"{type(model).__name__}: only pipelines around a UNet2DModel are supported")
+            raise ModelError(
+                f"{type(model).__name__}: not a pipeline around a UNet2DModel; wrap text-to-image in a TextDenoiser"
+            )
         return Denoiser(model.unet, model.scheduler)
     return Denoiser.from_pretrained(model)
 
@@ -275,7 +287,9 @@ def _check_folder(folder: Path) -> tuple[Path, Path | None]:
     except json.JSONDecodeError as error:
         raise ModelError(f"{unet_folder / 'config.json'}: not valid JSON ({error})") from error
     if kind != "UNet2DModel":
-        raise ModelError(f"{folder}: holds a {kind}; only UNet2DModel is supported so far")
+        raise ModelError(
+            f"{folder}: holds a {kind}, expected a UNet2DModel; of a text-to-image model give the whole pipeline"
+        )
     if not list(unet_folder.glob("*.safetensors")):
         pickles = sorted(f.name for f in unet_folder.iterdir() if f.suffix in (".bin", ".ckpt", ".pt", ".pth"))
         found = (

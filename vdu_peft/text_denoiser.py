@@ -49,6 +49,10 @@ class TextDenoiser(Denoiser):
         ModelError: another family, or a UNet with inputs besides the latents (inpainting, depth).
     """
 
+    guidance_scale = (
+        7.5  # the stock pipelines' default: without guidance their samples are no examples of what to retain
+    )
+
     def __init__(self, pipeline: DiffusionPipeline, prompts: Sequence[str]):
         if not isinstance(pipeline, FAMILIES):
             known = ", ".join(family.__name__ for family in FAMILIES)
@@ -159,9 +163,16 @@ class TextDenoiser(Denoiser):
         images = [vae.decode(batch.to(vae.device, vae.dtype)).sample.float() for batch in latents.split(batch_size)]
         return torch.cat(images).clamp(-1, 1)
 
+    def to_best_device(self) -> "TextDenoiser":
+        """Move UNet and VAE to a GPU where there is one; the text encoders have done their work. Returns self."""
+        super().to_best_device()
+        self.pipeline.vae.to(self.device)
+        return self
+
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the complete pipeline, as safetensors."""
+        """Write the complete pipeline, all in the UNet's dtype, as safetensors."""
         self.pipeline.unet = self.model
+        self.pipeline.to(dtype=self.dtype)
         self.pipeline.save_pretrained(folder, safe_serialization=True)
 
 
