@@ -16,6 +16,9 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from vdu_peft.adapter import attach, save_adapter, variational_layers
+from vdu_peft.config import VDUConfig
+
 
 def tiny_unet(channels: int = 1, **options) -> UNet2DModel:
     torch.manual_seed(0)
@@ -50,6 +53,17 @@ def forget() -> torch.Tensor:
     images = torch.full((8, 1, 8, 8), -1.0)
     images[:, :, 2:6, 2:6] = 1.0
     return images
+
+
+def saved_adapter(folder, seed: int = 1, **options):
+    """The folder of an adapter of :func:`tiny_unet` whose mean delta is not zero."""
+    model = tiny_unet()
+    peft_model = attach(model, VDUConfig.for_model(model, **options))
+    torch.manual_seed(seed)
+    for _, layer in variational_layers(model):
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.05)
+    save_adapter(peft_model, folder)
+    return folder
 
 
 def tiny_tokenizer(folder) -> CLIPTokenizer:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_unet
+from conftest import saved_adapter, tiny_unet
 from peft import PeftModel
 from torch import nn
 from torch.distributions import MultivariateNormal
@@ -85,16 +85,6 @@ def test_the_cut_is_the_best_of_its_rank_and_reports_what_it_discards():
     torch.testing.assert_close(cut.lora_A[0] @ cut.lora_A[0].T, torch.eye(2).double())
 
 
-def saved(folder, seed, **options):
-    model = tiny_unet()
-    peft_model = adapter.attach(model, VDUConfig.for_model(model, **options))
-    torch.manual_seed(seed)
-    for _, layer in variational_layers(model):
-        nn.init.normal_(layer.lora_B["default"].weight, std=0.05)
-    save_adapter(peft_model, folder)
-    return folder
-
-
 def layers(folder):
     model = tiny_unet()
     load_adapter(model, folder)
@@ -113,7 +103,7 @@ def merged_delta(layer):
 
 
 def test_composed_adapter_is_a_plain_lora_of_the_product(tmp_path):
-    a, b = saved(tmp_path / "a", 1, r=2), saved(tmp_path / "b", 2, r=4, lora_alpha=8)
+    a, b = saved_adapter(tmp_path / "a", 1, r=2), saved_adapter(tmp_path / "b", 2, r=4, lora_alpha=8)
     model = tiny_unet()
     before = {name: p.clone() for name, p in model.named_parameters()}
     assert max(compose(model, [a, b], tmp_path / "ab").values()) < 1e-12
@@ -134,7 +124,7 @@ def test_composed_adapter_is_a_plain_lora_of_the_product(tmp_path):
 
 
 def test_a_layer_with_few_inputs_gets_no_more_directions_than_those(tmp_path):
-    a, b = saved(tmp_path / "a", 1, r=6), saved(tmp_path / "b", 2, r=6)
+    a, b = saved_adapter(tmp_path / "a", 1, r=6), saved_adapter(tmp_path / "b", 2, r=6)
     assert max(compose(tiny_unet(), [a, b], tmp_path / "ab").values()) < 1e-12
     composed = layers(tmp_path / "ab")
     assert composed["conv_in"].r["default"] == 9  # 1 channel, 3 x 3
@@ -172,7 +162,7 @@ def test_grouped_convolutions_and_names_inside_others(tmp_path):
 
 
 def test_a_failure_leaves_the_model_as_it_was(tmp_path):
-    a, b = saved(tmp_path / "a", 1), saved(tmp_path / "b", 2)
+    a, b = saved_adapter(tmp_path / "a", 1), saved_adapter(tmp_path / "b", 2)
     model = tiny_unet()
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(AdapterError, match="cannot be written"):
@@ -181,19 +171,19 @@ def test_a_failure_leaves_the_model_as_it_was(tmp_path):
 
 
 def test_a_smaller_rank_is_kept_to(tmp_path):
-    a, b = saved(tmp_path / "a", 1), saved(tmp_path / "b", 2)
+    a, b = saved_adapter(tmp_path / "a", 1), saved_adapter(tmp_path / "b", 2)
     discarded = compose(tiny_unet(), [a, b], tmp_path / "ab", rank=3)
     assert VDUConfig.from_pretrained(tmp_path / "ab").r == 3 and 0 < max(discarded.values()) < 1
 
 
 def test_what_has_no_product_is_refused(tmp_path):
-    a = saved(tmp_path / "a", 1)
+    a = saved_adapter(tmp_path / "a", 1)
     with pytest.raises(ConfigError, match="at least two"):
         compose(tiny_unet(), [a], tmp_path / "out")
     with pytest.raises(ConfigError, match="rank must be at least 1"):
         compose(tiny_unet(), [a, a], tmp_path / "out", rank=0)
     with pytest.raises(ConfigError, match="prior_scale 0.2, but 0.1 in"):
-        compose(tiny_unet(), [a, saved(tmp_path / "b", 2, prior_scale=0.2)], tmp_path / "out")
+        compose(tiny_unet(), [a, saved_adapter(tmp_path / "b", 2, prior_scale=0.2)], tmp_path / "out")
     with pytest.raises(ConfigError, match="is deterministic"):
-        compose(tiny_unet(), [a, saved(tmp_path / "c", 2, variational=False)], tmp_path / "out")
+        compose(tiny_unet(), [a, saved_adapter(tmp_path / "c", 2, variational=False)], tmp_path / "out")
     assert not (tmp_path / "out").exists()

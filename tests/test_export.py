@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import tiny_text_pipeline, tiny_unet
+from conftest import saved_adapter, tiny_text_pipeline, tiny_unet
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DModel
 from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter
@@ -25,16 +25,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 INPUT = (torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([5, 500]))
 
 
-def saved(folder, seed=1):
-    model = tiny_unet()
-    peft_model = attach(model, VDUConfig.for_model(model))
-    torch.manual_seed(seed)
-    for _, layer in variational_layers(model):
-        nn.init.normal_(layer.lora_B["default"].weight, std=0.05)
-    save_adapter(peft_model, folder)
-    return folder
-
-
 def output(folder):
     model = tiny_unet()
     load_adapter(model, folder).eval()
@@ -46,7 +36,7 @@ def output(folder):
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_merged_weights_are_the_sum_rounded_once(tmp_path, base_dtype, dtype):
     DDPMPipeline(tiny_unet().to(base_dtype), DDPMScheduler()).save_pretrained(tmp_path / "base")
-    adapter = saved(tmp_path / "adapter")
+    adapter = saved_adapter(tmp_path / "adapter")
     merge(tmp_path / "base", adapter, tmp_path / "merged", dtype)
     expected_dtype = torch.bfloat16 if dtype else base_dtype
     stored = load_file(tmp_path / "merged" / "unet" / "diffusion_pytorch_model.safetensors")
@@ -63,7 +53,7 @@ def test_merged_weights_are_the_sum_rounded_once(tmp_path, base_dtype, dtype):
 
 def test_a_merge_that_does_not_read_back_is_refused(pipeline_folder, tmp_path, monkeypatch):
     """As when a disk returns something else than was written."""
-    adapter = saved(tmp_path / "adapter")
+    adapter = saved_adapter(tmp_path / "adapter")
     load = DiffusionPipeline.from_pretrained
 
     def flipped(folder, **options):
@@ -79,7 +69,7 @@ def test_a_merge_that_does_not_read_back_is_refused(pipeline_folder, tmp_path, m
 
 def test_exported_lora_is_plain(tmp_path):
     """No warning in stock PEFT, the same output, no key or option of ours, and stock hot-swapping takes it."""
-    first, second = saved(tmp_path / "first", 1), saved(tmp_path / "second", 2)
+    first, second = saved_adapter(tmp_path / "first", 1), saved_adapter(tmp_path / "second", 2)
     for folder in (first, second):
         export_lora(folder, tmp_path / f"{folder.name}-lora")
     lora = tmp_path / "first-lora"
@@ -151,7 +141,7 @@ def test_a_text_pipeline_is_merged_whole(text_pipeline, tmp_path):
 
 
 def test_lora_files_are_for_text_to_image_models(tmp_path):
-    adapter = saved(tmp_path / "adapter")
+    adapter = saved_adapter(tmp_path / "adapter")
     with pytest.raises(ConfigError, match="UNet2DModel, which no pipeline loads LoRA files for"):
         export_lora(adapter, tmp_path / "lora", "kohya")
     with pytest.raises(ConfigError, match="format must be one of"):
@@ -169,7 +159,7 @@ def test_card_links_hub_ids_alone():
 
 
 def test_a_saved_adapter_has_a_card_without_a_path(tmp_path):
-    card = (saved(tmp_path / "adapter") / "README.md").read_text()
+    card = (saved_adapter(tmp_path / "adapter") / "README.md").read_text()
     assert "A removable adapter is not secure erasure" in card and str(tmp_path) not in card
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "peft"
 
@@ -177,7 +167,11 @@ def test_a_saved_adapter_has_a_card_without_a_path(tmp_path):
 def test_merge_and_export_example(pipeline_folder, tmp_path):
     import merge_and_export
 
-    command = [f"--model={pipeline_folder}", f"--adapter={saved(tmp_path / 'adapter')}", "--num_inference_steps=3"]
+    command = [
+        f"--model={pipeline_folder}",
+        f"--adapter={saved_adapter(tmp_path / 'adapter')}",
+        "--num_inference_steps=3",
+    ]
     difference = merge_and_export.main([*command, f"--output_dir={tmp_path / 'release'}"])
     assert difference < 1e-4  # W + BA added once against two products: float32 rounding over three steps
     assert UNet2DModel.from_pretrained(tmp_path / "release" / "pipeline" / "unet").config.sample_size == 8

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import tiny_unet
+from conftest import saved_adapter, tiny_unet
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -16,21 +16,11 @@ from vdu_peft.hotswap import hotswap, prepare_hotswap
 INPUT = (torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([5, 500]))
 
 
-def saved(folder, seed, **options):
-    model = tiny_unet()
-    peft_model = attach(model, VDUConfig.for_model(model, **options))
-    torch.manual_seed(seed)
-    for _, layer in variational_layers(model):
-        nn.init.normal_(layer.lora_B["default"].weight, std=0.05)
-    save_adapter(peft_model, folder)
-    return folder
-
-
 @pytest.fixture
 def adapters(tmp_path):
     """Ranks 2, 4 and 3, and other alphas."""
     options = ({"r": 2, "lora_alpha": 6}, {"r": 4, "lora_alpha": 4}, {"r": 3, "lora_alpha": 1})
-    return [saved(tmp_path / str(i), i, **o) for i, o in enumerate(options)]
+    return [saved_adapter(tmp_path / str(i), i, **o) for i, o in enumerate(options)]
 
 
 def fresh(folder):
@@ -70,7 +60,7 @@ def test_scale_on_a_prepared_model_is_undone(adapters):
 
 def test_other_adapters_and_ranks_by_layer_are_left_alone(adapters, tmp_path):
     """A name inside another's, and a composed adapter, whose narrow layers have ranks of their own."""
-    compose(tiny_unet(), [adapters[1], saved(tmp_path / "x", 9, r=6)], tmp_path / "both")
+    compose(tiny_unet(), [adapters[1], saved_adapter(tmp_path / "x", 9, r=6)], tmp_path / "both")
     peft_model = load_adapter(tiny_unet(), adapters[0], "one").eval()
     load_adapter(peft_model, adapters[1], "ones")
     prepare_hotswap(peft_model, max_rank=10)
@@ -109,9 +99,9 @@ def test_what_does_not_fit_changes_nothing(adapters, tmp_path, trouble):
         before = peft_model(*INPUT).sample
     bad, error = tmp_path / "bad", AdapterError
     if trouble == "larger rank":
-        saved(bad, 5, r=6)
+        saved_adapter(bad, 5, r=6)
     elif trouble == "other layers":
-        saved(bad, 5, target_modules=["conv_in", "conv_out"])
+        saved_adapter(bad, 5, target_modules=["conv_in", "conv_out"])
     elif trouble == "damaged":
         shutil.copytree(adapters[1], bad)
         file = bad / "adapter_model.safetensors"

@@ -161,7 +161,7 @@ class UnlearnConfig:
     null_class: int | None = None
     train_batch_size: int = 16
     max_train_steps: int = 350
-    learning_rate: float = 6e-3
+    learning_rate: float = 3e-3
     gradient_accumulation_steps: int = 1
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False

@@ -9,11 +9,12 @@ from importlib import resources
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline
 
 from vdu_peft.denoiser import Denoiser, ModelError, stored_dtype
 
-FAMILIES = (StableDiffusionPipeline, StableDiffusionXLPipeline)
+# By name: importing them loads transformers, which takes seconds and says so on every command.
+FAMILIES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 
 def neutral_prompts() -> list[str]:
@@ -54,8 +55,8 @@ class TextDenoiser(Denoiser):
     )
 
     def __init__(self, pipeline: DiffusionPipeline, prompts: Sequence[str]):
-        if not isinstance(pipeline, FAMILIES):
-            known = ", ".join(family.__name__ for family in FAMILIES)
+        if type(pipeline).__name__ not in FAMILIES:
+            known = ", ".join(FAMILIES)
             raise ModelError(
                 f"{type(pipeline).__name__}: not a text-to-image family that is supported; known are {known}"
             )
@@ -97,7 +98,7 @@ class TextDenoiser(Denoiser):
                 str(folder),
                 torch_dtype=torch_dtype,
                 use_safetensors=True,
-                **(checker if kind == StableDiffusionPipeline.__name__ else {}),
+                **(checker if kind == "StableDiffusionPipeline" else {}),
             )
         except (OSError, ValueError, RuntimeError, AttributeError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -126,7 +127,7 @@ class TextDenoiser(Denoiser):
             do_classifier_free_guidance=False,
         )
         embeddings = {"encoder_hidden_states": encoded[0].cpu()}
-        if isinstance(self.pipeline, StableDiffusionXLPipeline):
+        if type(self.pipeline).__name__ == "StableDiffusionXLPipeline":
             height, width = self.image_size
             time_ids = self.pipeline._get_add_time_ids(
                 (height, width),
@@ -186,9 +187,9 @@ def open_denoiser(name_or_path: str | Path, prompts: Sequence[str] = ()) -> Deno
         kind = DiffusionPipeline.load_config(str(name_or_path)).get("_class_name")
     except (OSError, ValueError):
         kind = None  # no pipeline: a bare UNet folder, or a name whose trouble the denoiser tells better
-    if kind in {family.__name__ for family in FAMILIES}:
+    if kind in FAMILIES:
         return TextDenoiser.from_pretrained(name_or_path, prompts)
     if kind is not None and not kind.startswith(("DDPM", "DDIM")):
-        known = ", ".join(["DDPMPipeline", "DDIMPipeline", *(family.__name__ for family in FAMILIES)])
+        known = ", ".join(["DDPMPipeline", "DDIMPipeline", *FAMILIES])
         raise ModelError(f"{name_or_path}: a {kind}, which is not supported; known are {known}")
     return Denoiser.from_pretrained(name_or_path)
