@@ -32,7 +32,7 @@ def draw(unet, scheduler, args) -> torch.Tensor:
     """Samples (N, C, H, W) in [-1, 1]; of a class-conditional model every class in turn."""
     denoiser = Denoiser(unet, scheduler)
     classes = denoiser.num_classes
-    labels = [i % classes for i in range(args.num_images)] if classes else None
+    labels = range(classes) if classes else None
     steps = args.num_inference_steps
     return denoiser.sample(args.num_images, seed=args.seed, num_inference_steps=steps, class_labels=labels)
 

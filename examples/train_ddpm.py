@@ -85,7 +85,7 @@ def build_unet(
 def sample_grid(unet: UNet2DModel, scheduler: DDPMScheduler, seed: int, rows: int = 8):
     """rows x rows samples, DDIM 25 steps; of a class-conditional model every class in turn, the null class last."""
     classes = unet.config.num_class_embeds
-    labels = None if classes is None else [i % classes for i in range(rows * rows)]
+    labels = None if classes is None else range(classes)
     images = Denoiser(unet, scheduler).sample(rows * rows, seed=seed, class_labels=labels)
     return image_grid(images, columns=rows)
 

@@ -93,7 +93,7 @@ def layers(folder):
 
 def factors_of(layer):
     """The layer's posterior with the scaling inside lora_A."""
-    mean, log_std, lora_A = (t.detach().double() for t in layer._factors("default"))
+    mean, log_std, lora_A = (t.detach().double() for t in layer.factors("default"))
     return Factors(mean, log_std, layer.scaling["default"] * lora_A)
 
 

@@ -3,7 +3,7 @@
 import copy
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -65,14 +65,24 @@ def detach(model: nn.Module) -> None:
 @contextmanager
 def _undone_on_error(model: nn.Module) -> Iterator[None]:
     """A refused adapter must not change the caller's model."""
-    trainable = [(p, p.requires_grad) for p in model.parameters()]
+    make_trainable_as_before = trainable_state(model)
     try:
         yield
     except BaseException:
         detach(model)
+        make_trainable_as_before()
+        raise
+
+
+def trainable_state(model: nn.Module) -> Callable[[], None]:
+    """A call that sets ``requires_grad`` of all parameters back to what it is now: PEFT freezes what it wraps."""
+    trainable = [(p, p.requires_grad) for p in model.parameters()]
+
+    def restore() -> None:
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
-        raise
+
+    return restore
 
 
 def variational_layers(model: nn.Module, adapter_name: str = "default") -> Iterator[tuple[str, VariationalLayer]]:
@@ -112,7 +122,7 @@ def posterior_sample(
     Raises:
         AdapterError: the adapter is merged.
     """
-    _refuse_merged(model, "posterior_sample")
+    refuse_merged(model, "posterior_sample")
     means = []
     for _, layer in variational_layers(model, adapter_name):
         if adapter_name in layer.lora_log_std:
@@ -133,7 +143,7 @@ def adapter_scale(model: nn.Module, scale: float) -> Iterator[None]:
     Raises:
         AdapterError: an adapter is merged.
     """
-    _refuse_merged(model, "adapter_scale")
+    refuse_merged(model, "adapter_scale")
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     # After prepare_hotswap the scalings are tensors, which PEFT scales in place and a compiled model holds on to.
     before = [(layer.disable_adapters, copy.deepcopy(dict(layer.scaling))) for layer in layers]
@@ -156,8 +166,12 @@ def adapter_scale(model: nn.Module, scale: float) -> Iterator[None]:
                     layer.scaling[name] = value
 
 
-def _refuse_merged(model: nn.Module, context: str) -> None:
-    """A merged layer computes with its base weight alone: the context would silently do nothing."""
+def refuse_merged(model: nn.Module, context: str) -> None:
+    """A merged layer computes with its base weight alone: the context would silently do nothing, a swap lose it.
+
+    Raises:
+        AdapterError: an adapter is merged.
+    """
     if any(isinstance(module, LoraLayer) and module.merged for module in model.modules()):
         raise AdapterError(f"{context}: the adapter is merged into the base; unmerge_adapter() first")
 
@@ -235,14 +249,13 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "defa
         peft_model = model
         if adapter_name in peft_model.peft_config:
             raise ConfigError(f"the model has an adapter {adapter_name!r} already; choose another adapter_name")
-        trainable = [(p, p.requires_grad) for p in peft_model.parameters()]
+        make_trainable_as_before = trainable_state(peft_model)
         try:
             peft_model.add_adapter(adapter_name, config)
             _check_fit(peft_model, tensors, adapter_name, folder)
         except BaseException as error:
             _take_off(peft_model, adapter_name)
-            for parameter, requires_grad in trainable:
-                parameter.requires_grad_(requires_grad)
+            make_trainable_as_before()
             if isinstance(error, ValueError) and not isinstance(error, AdapterError):
                 raise AdapterError(f"{folder}: made for another model: {error}") from error
             raise

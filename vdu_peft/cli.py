@@ -18,7 +18,7 @@ from vdu_peft.config import ConfigError, UnlearnConfig, VDUConfig
 from vdu_peft.data import DataError, ImageSource
 from vdu_peft.demo import peak_memory_mib, run_demo
 from vdu_peft.denoiser import Denoiser, ModelError
-from vdu_peft.evaluation import evaluate, histogram_plot, labelled_grids, versions
+from vdu_peft.evaluation import evaluate, labelled_grids
 from vdu_peft.export import export_lora, merge
 from vdu_peft.judge import Judge, JudgeError
 from vdu_peft.options import ADAPTER_OPTIONS, parse
@@ -126,8 +126,7 @@ def _sample(args: argparse.Namespace) -> int:
     denoiser = open_denoiser(args.model, args.prompt).to_best_device()
     options = {"seed": args.seed, "num_inference_steps": args.num_inference_steps}
     if isinstance(denoiser, TextDenoiser):
-        labels = [denoiser.label(prompt) for prompt in args.prompt or [""]]
-        options["class_labels"] = [labels[i % len(labels)] for i in range(args.num_images)]
+        options["class_labels"] = [denoiser.label(prompt) for prompt in args.prompt or [""]]
         options["guidance_scale"] = args.guidance_scale
     elif args.prompt:
         raise ConfigError(f"prompt: {args.model} is not a text-to-image model; leave it out")
@@ -135,7 +134,7 @@ def _sample(args: argparse.Namespace) -> int:
         labels = args.class_labels or range(denoiser.num_classes)
         if not {*labels} <= {*range(denoiser.num_classes)}:
             raise ConfigError(f"class_labels must lie in 0 to {denoiser.num_classes - 1}")
-        options["class_labels"] = [labels[i % len(labels)] for i in range(args.num_images)]
+        options["class_labels"] = labels
     elif args.class_labels:
         raise ConfigError("class_labels: the model is unconditional; leave them out")
     if args.adapter is None:
@@ -148,7 +147,7 @@ def _sample(args: argparse.Namespace) -> int:
             with adapter_scale(denoiser.model, scale):
                 panels[title] = denoiser.sample(args.num_images, progress=title, **options)
     args.output_file.parent.mkdir(parents=True, exist_ok=True)
-    labelled_grids(panels, columns=8, scale=2 if denoiser.image_size[0] <= 64 else 1).save(args.output_file)
+    labelled_grids(panels, columns=8).save(args.output_file)
     print(f"wrote {args.output_file}")
     return 0
 
@@ -221,18 +220,14 @@ def _evaluate(args: argparse.Namespace) -> int:
     denoiser.model = load_adapter(denoiser.to_best_device().model, args.adapter).get_base_model()
     sampling = {"seed": args.seed, "num_inference_steps": args.num_inference_steps}
     if denoiser.num_classes:
-        sampling["class_labels"] = [i % denoiser.num_classes for i in range(args.num_samples)]
+        sampling["class_labels"] = range(denoiser.num_classes)
     with adapter_scale(denoiser.model, 0):
         before = denoiser.sample(args.num_samples, progress="adapter off", **sampling)
     after = denoiser.sample(args.num_samples, progress="adapter on", **sampling)
     report = evaluate(before, after, judge, args.forget_class, reference, labels)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    panels = {"adapter off": before[:80], "adapter on": after[:80]}
-    labelled_grids(panels, scale=2 if denoiser.image_size[0] <= 64 else 1).save(args.output_dir / "grid.png")
-    histogram_plot(report, args.output_dir / "histogram.png")
     context = {name: str(getattr(args, name)) for name in ("model", "adapter", "judge", "reference")}
-    sampler = f"DDIM, {args.num_inference_steps} steps, seed {args.seed}"
-    report.save(args.output_dir / "report.json", **context, sampler=sampler, versions=versions())
+    context["sampler"] = f"DDIM, {args.num_inference_steps} steps, seed {args.seed}"
+    report.save(args.output_dir, {"adapter off": before, "adapter on": after}, **context)
     print("\n".join(report.lines()))
     return 0
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from vdu_peft.adapter import attach, detach, load_adapter, read_adapter_weights, save_adapter, variational_layers
+from vdu_peft.adapter import attach, detach, load_adapter, save_adapter, trainable_state, variational_layers
 from vdu_peft.card import model_card
 from vdu_peft.config import ConfigError, VDUConfig, exactly
 
@@ -117,14 +117,12 @@ def compose(
                 f"{folder}: prior_scale {config.prior_scale}, but {configs[0].prior_scale} in {folders[0]}; "
                 "only posteriors of one prior have a product"
             )
-        read_adapter_weights(folder)
-    trainable = [(p, p.requires_grad) for p in model.parameters()]
+    make_trainable_as_before = trainable_state(model)
     try:
         return _compose(model, folders, configs, Path(output_dir), rank, base_model)
     finally:
         detach(model)
-        for parameter, requires_grad in trainable:
-            parameter.requires_grad_(requires_grad)
+        make_trainable_as_before()
 
 
 def _compose(model, folders, configs, output_dir, rank, base_model) -> dict[str, float]:
@@ -133,7 +131,7 @@ def _compose(model, folders, configs, output_dir, rank, base_model) -> dict[str,
     for folder in folders:
         load_adapter(model, folder)
         for name, layer in variational_layers(model):
-            mean, log_std, lora_A = (t.detach().cpu().double() for t in layer._factors("default"))
+            mean, log_std, lora_A = (t.detach().cpu().double() for t in layer.factors("default"))
             factors.setdefault(name, []).append(Factors(mean, log_std, layer.scaling["default"] * lora_A))
             prior_std[name] = layer.prior_std["default"]
         detach(model)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Literal
 
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME
+from peft.utils.other import get_pattern_key
 from torch import nn
 
 from vdu_peft.layer import VariationalConv2d, VariationalLinear
@@ -74,6 +76,12 @@ class VDUConfig(LoraConfig):
             attention = any("transformer_blocks" in name for name in names)
             options["target_modules"] = ATTENTION_PROJECTIONS if attention else exactly(names, model)
         return cls(**options)
+
+    def layer_scaling(self, layer: str) -> float:
+        """s of the layer with this full name, with the patterns' own rank and alpha where they name it."""
+        rank = self.rank_pattern.get(get_pattern_key(self.rank_pattern.keys(), layer), self.r)
+        alpha = self.alpha_pattern.get(get_pattern_key(self.alpha_pattern.keys(), layer), self.lora_alpha)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options) -> "VDUConfig":

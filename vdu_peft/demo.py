@@ -13,7 +13,7 @@ import torch
 from vdu_peft.config import UnlearnConfig, VDUConfig
 from vdu_peft.data import ImageSource, to_tensor
 from vdu_peft.denoiser import Denoiser
-from vdu_peft.evaluation import Report, evaluate, histogram_plot, labelled_grids, loss_plot, versions
+from vdu_peft.evaluation import Report, evaluate, loss_plot
 from vdu_peft.judge import Judge
 from vdu_peft.trainer import UnlearnResult, unlearn
 
@@ -68,15 +68,11 @@ def run_demo(
     after = demo_samples(denoiser, num_samples, config.seed, "samples after")
 
     report = evaluate(before, after, judge, forget_digit, reference, torch.from_numpy(arrays["reference_labels"]))
-    shown = min(num_samples, 80)
-    labelled_grids({"before": before[:shown], f"after forgetting {forget_digit}": after[:shown]}, scale=2).save(
-        output_dir / "grid.png"
-    )
     loss_plot(result.history, output_dir / "loss.png")
-    histogram_plot(report, output_dir / "histogram.png")
     model_parameters = sum(p.numel() for p in denoiser.model.parameters()) - result.trained_parameters
     report.save(
-        output_dir / "report.json",
+        output_dir,
+        {"before": before, f"after forgetting {forget_digit}": after},
         status=result.status,
         steps=len(result.history),
         forget_images=len(forget),
@@ -90,7 +86,6 @@ def run_demo(
         sampler=f"DDIM, {SAMPLE_STEPS} steps, seed {config.seed + 1}",
         config=asdict(config),
         adapter={"r": adapter.r, "prior_scale": adapter.prior_scale, "init_scale": adapter.init_scale},
-        versions=versions(),
     )
     return result, report
 

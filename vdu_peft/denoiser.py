@@ -172,6 +172,7 @@ class Denoiser:
         Every image has its own generator, so image i of a seed is the same whatever the batch size.
 
         Args:
+            class_labels: of a model with a condition, the labels to draw, in turn.
             guidance_scale: classifier-free guidance (Ho and Salimans 2022) away from ``null_label``; 1 is none, the
                 model's own :attr:`guidance_scale` when None.
             decode: False returns what :meth:`encode` would make of the images.
@@ -194,7 +195,7 @@ class Denoiser:
                 for i in range(num_images)
             ]
         )
-        labels = None if class_labels is None else torch.as_tensor(class_labels)
+        labels = None if class_labels is None else in_turn(class_labels, num_images)
         scheduler = DDIMScheduler.from_config(self.scheduler.config)
         bar = tqdm(total=num_images, desc=progress, unit="img", disable=progress is None, leave=False)
         batches = []
@@ -260,6 +261,11 @@ class Denoiser:
         if not isinstance(self.model, UNet2DModel):
             raise ModelError(f"{type(self.model).__name__} is not a diffusers model; save its state_dict yourself")
         DDPMPipeline(self.model, self.scheduler).save_pretrained(folder, safe_serialization=True)
+
+
+def in_turn(class_labels: Sequence[int], count: int) -> torch.Tensor:
+    """Labels (count,) int64: the given ones, from the first again when they are through."""
+    return torch.tensor([int(class_labels[i % len(class_labels)]) for i in range(count)])
 
 
 def as_denoiser(model: Denoiser | DiffusionPipeline | str | Path) -> Denoiser:

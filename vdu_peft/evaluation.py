@@ -70,21 +70,26 @@ class Report:
             rows.append(f"{title:<8}" + "".join(f"{share:>7.1%}" for share in shares))
         return rows
 
-    def save(self, file: Path, **context) -> None:
-        """Write the figures as JSON with whatever tells how they came about; what is not a number becomes null."""
+    def save(self, folder: Path, samples: dict[str, torch.Tensor], **context) -> None:
+        """Write report.json, grid.png and histogram.png.
+
+        Args:
+            samples: what was judged, by title; the first 80 are shown.
+            context: whatever tells how the figures came about. In the JSON, what is not a number becomes null.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        labelled_grids({title: images[:80] for title, images in samples.items()}).save(folder / "grid.png")
+        histogram_plot(self, folder / "histogram.png")
+        versions = {"vdu_peft": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
         figures = {name: _finite(value) for name, value in asdict(self).items()}
-        file.write_text(json.dumps({**figures, **context}, indent=2, default=str, allow_nan=False) + "\n")
+        record = {**figures, **context, "versions": versions}
+        (folder / "report.json").write_text(json.dumps(record, indent=2, default=str, allow_nan=False) + "\n")
 
 
 def _finite(value):
     if isinstance(value, (list, tuple)):
         return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def versions() -> dict[str, str]:
-    """Of what makes the figures."""
-    return {"vdu_peft": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
 
 
 def evaluate(
@@ -142,9 +147,15 @@ def image_grid(images: torch.Tensor, columns: int = 10, scale: int = 1) -> Image
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
 
 
-def labelled_grids(panels: dict[str, torch.Tensor], columns: int = 10, scale: int = 1) -> Image.Image:
-    """One grid per panel, side by side under its title; the same place is the same starting noise."""
-    grids = {title: image_grid(images, columns, scale).convert("RGB") for title, images in panels.items()}
+def labelled_grids(panels: dict[str, torch.Tensor], columns: int = 10) -> Image.Image:
+    """One grid per panel, side by side under its title, small images at double size.
+
+    The same place is the same starting noise.
+    """
+    grids = {
+        title: image_grid(images, columns, scale=2 if images.shape[-2] <= 64 else 1).convert("RGB")
+        for title, images in panels.items()
+    }
     margin, header = 12, 24
     height = max(grid.height for grid in grids.values()) + header
     sheet = Image.new("RGB", (sum(grid.width + margin for grid in grids.values()) - margin, height), "white")

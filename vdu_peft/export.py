@@ -9,7 +9,6 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 
 from vdu_peft.adapter import AdapterError, atomic_folder, load_adapter, read_adapter_weights
@@ -100,7 +99,5 @@ def _unscaled(tensors: dict[str, torch.Tensor], config: VDUConfig) -> dict[str, 
     for name, tensor in tensors.items():
         name = name.removeprefix("base_model.model.")
         layer = name.rsplit(".lora_", 1)[0]
-        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), layer), config.lora_alpha)
-        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), layer), config.r)
-        result[f"unet.{name}"] = tensor * (alpha / rank) if ".lora_B." in name else tensor
+        result[f"unet.{name}"] = tensor * config.layer_scaling(layer) if ".lora_B." in name else tensor
     return result

@@ -10,10 +10,9 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
-from peft.utils.other import get_pattern_key
 from torch import nn
 
-from vdu_peft.adapter import AdapterError, read_adapter_weights, variational_layers
+from vdu_peft.adapter import AdapterError, read_adapter_weights, refuse_merged, variational_layers
 from vdu_peft.config import VDUConfig
 
 
@@ -27,8 +26,7 @@ def prepare_hotswap(peft_model: PeftModel, max_rank: int) -> None:
         largest = max([config.r, *config.rank_pattern.values()])
         if largest > max_rank:
             raise AdapterError(f"max_rank {max_rank}: the adapter {name!r} has rank {largest}; raise it")
-    if any(isinstance(module, LoraLayer) and module.merged for module in peft_model.modules()):
-        raise AdapterError("prepare_hotswap: the adapter is merged into the base; unmerge_adapter() first")
+    refuse_merged(peft_model, "prepare_hotswap")
     try:
         prepare_model_for_compiled_hotswap(peft_model, target_rank=max_rank)
     except ValueError as error:
@@ -65,8 +63,7 @@ def hotswap(model: nn.Module, folder: str | Path, adapter_name: str = "default")
         raise AdapterError(f"the model has no adapter {adapter_name!r} to take the place of")
     if not all(isinstance(layer.scaling[adapter_name], torch.Tensor) for layer in layers.values()):
         raise AdapterError("the model is not prepared for hot-swapping; call prepare_hotswap before compiling")
-    if any(layer.merged for layer in layers.values()):
-        raise AdapterError("hotswap: the adapter is merged into the base; unmerge_adapter() first")
+    refuse_merged(peft_model, "hotswap")
     wanted = {f"{name}.{factor}.weight" for name in layers for factor in ("lora_A", "lora_B")}
     for key in sorted(factors.keys() ^ wanted):
         raise AdapterError(f"{folder}: does not fit: {key} is {'missing' if key in wanted else 'not in the model'}")
@@ -78,8 +75,7 @@ def hotswap(model: nn.Module, folder: str | Path, adapter_name: str = "default")
         # Rank sits in A's rows, group by group, and in B's columns.
         old_A = layer.lora_A[adapter_name].weight.data.unflatten(0, (groups, -1))
         old_B = layer.lora_B[adapter_name].weight.data
-        rank = len(new_A)
-        new_A = new_A.unflatten(0, (groups, -1)) if rank % groups == 0 else new_A
+        new_A = new_A.unflatten(0, (groups, -1)) if len(new_A) % groups == 0 else new_A
         for old, new, factor in ((old_A, new_A, "lora_A"), (old_B, new_B, "lora_B")):
             same = old.ndim == new.ndim and all(o == n for i, (o, n) in enumerate(zip(old.shape, new.shape)) if i != 1)  # noqa: B905
             if not same or new.shape[1] > old.shape[1]:
@@ -88,9 +84,7 @@ def hotswap(model: nn.Module, folder: str | Path, adapter_name: str = "default")
                     f"{list(old.shape)}"
                 )
             writes.append((old, new))
-        module_name = name.removeprefix("base_model.model.")
-        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), module_name), config.lora_alpha)
-        scaling = alpha / rank**0.5 if config.use_rslora else alpha / rank
+        scaling = config.layer_scaling(name.removeprefix("base_model.model."))
         writes.append((layer.scaling[adapter_name], torch.tensor(scaling)))
     for old, new in writes:
         old.zero_()

@@ -30,7 +30,7 @@ class GaussianVariant(LoraVariant):
     @staticmethod
     def init(module: "VariationalLayer", adapter_name: str, config, **kwargs) -> None:
         mean = module.lora_B[adapter_name].weight
-        rank, fan_in = module._factors(adapter_name)[2].shape[1:]
+        rank, fan_in = module.factors(adapter_name)[2].shape[1:]
         if rank > fan_in:
             raise ValueError(
                 f"rank {rank} exceeds the {fan_in} inputs of a target layer; lower r or leave the layer out"
@@ -92,7 +92,7 @@ class VariationalLayer:
     def resolve_lora_variant(self, *, config, **kwargs) -> LoraVariant | None:
         return GaussianVariant() if config.variational else None
 
-    def _factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    def factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """(mean, log_std or None, lora_A), in float32, as (groups, rows, columns)."""
         groups = getattr(self.get_base_layer(), "groups", 1)
         mean = self.lora_B[adapter_name].weight.float().flatten(1).unflatten(0, (groups, -1))
@@ -104,14 +104,14 @@ class VariationalLayer:
 
     def gram(self, adapter_name: str) -> torch.Tensor:
         """G = s² A Aᵀ, float32 (groups, r / groups, r / groups)."""
-        return posterior.gram_matrix(self._factors(adapter_name)[2], self.scaling[adapter_name])
+        return posterior.gram_matrix(self.factors(adapter_name)[2], self.scaling[adapter_name])
 
     def kl(self, adapter_name: str) -> torch.Tensor:
         """KL(q ‖ prior) of this layer's delta, a float32 scalar in nats.
 
         For a deterministic adapter the quadratic ‖ΔW‖²/(2σ²) alone.
         """
-        mean, log_std, lora_A = self._factors(adapter_name)
+        mean, log_std, lora_A = self.factors(adapter_name)
         gram = posterior.gram_matrix(lora_A, self.scaling[adapter_name])
         if log_std is None:
             return posterior.delta_quadratic(mean, gram, self.prior_std[adapter_name])
@@ -119,14 +119,14 @@ class VariationalLayer:
 
     def delta_norm(self, adapter_name: str) -> float:
         """Frobenius norm of the mean delta relative to the base weight's."""
-        mean, _, lora_A = self._factors(adapter_name)
+        mean, _, lora_A = self.factors(adapter_name)
         gram = posterior.gram_matrix(lora_A, self.scaling[adapter_name])
         norm = (2 * posterior.delta_quadratic(mean, gram, 1.0)).clamp_min(0).sqrt()
         return (norm / self.get_base_layer().weight.float().norm()).item()
 
     def signal_to_noise(self, adapter_name: str) -> float | None:
         """Signal-to-noise power ratio of the delta; None for a deterministic adapter."""
-        mean, log_std, lora_A = self._factors(adapter_name)
+        mean, log_std, lora_A = self.factors(adapter_name)
         if log_std is None:
             return None
         return posterior.signal_to_noise(

@@ -57,9 +57,8 @@ def precision_recall(features: torch.Tensor, reference: torch.Tensor, neighbours
 
     def share_inside(points: torch.Tensor, manifold: torch.Tensor) -> float:
         reach = radii(manifold)
-        return (
-            torch.cat([(torch.cdist(p, manifold) <= reach).any(1) for p in points.split(1000)]).double().mean().item()
-        )
+        inside = torch.cat([(torch.cdist(p, manifold) <= reach).any(1) for p in points.split(1000)])
+        return inside.double().mean().item()
 
     return share_inside(features, reference), share_inside(reference, features)
 
@@ -68,15 +67,11 @@ def kernel_distance(features: torch.Tensor, reference: torch.Tensor, seed: int =
     """KID (Binkowski et al. 2018) on the given features, by torchmetrics: mean over 100 subsets of at most 100."""
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    identity = torch.nn.Identity()
-    identity.num_features = features.shape[1]
     subset_size = min(len(features), len(reference), 100)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that it keeps the features, which lie in memory anyway
-        kid = KernelInceptionDistance(feature=identity, subsets=100, subset_size=subset_size)
-    kid.set_dtype(torch.float64)
-    kid.update(reference.double(), real=True)
-    kid.update(features.double(), real=False)
+        kid = KernelInceptionDistance(feature=_given(features), subsets=100, subset_size=subset_size)
+    _update(kid, features, reference)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # of the subsets
         return kid.compute()[0].item()
@@ -89,10 +84,19 @@ def frechet_distance(features: torch.Tensor, reference: torch.Tensor) -> float:
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
+    fid = FrechetInceptionDistance(feature=_given(features))
+    _update(fid, features, reference)
+    return fid.compute().item()
+
+
+def _given(features: torch.Tensor) -> torch.nn.Module:
+    """A feature extractor for torchmetrics that is given the features themselves."""
     identity = torch.nn.Identity()
     identity.num_features = features.shape[1]  # tells torchmetrics not to probe it with an image
-    fid = FrechetInceptionDistance(feature=identity)
-    fid.set_dtype(torch.float64)
-    fid.update(reference.double(), real=True)
-    fid.update(features.double(), real=False)
-    return fid.compute().item()
+    return identity
+
+
+def _update(metric, features: torch.Tensor, reference: torch.Tensor) -> None:
+    metric.set_dtype(torch.float64)
+    metric.update(reference.double(), real=True)
+    metric.update(features.double(), real=False)

@@ -47,9 +47,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     _model_argument(sub)
     sub.add_argument("--forget_data", required=True, help="folder of images, .npz file, or hub dataset id")
     sub.add_argument("--output_dir", type=Path, required=True)
-    sub.add_argument("--dataset_split", default="train", help="split of a hub dataset")
-    sub.add_argument("--image_column", help="image column of a hub dataset, or array name in an .npz")
-    sub.add_argument("--label_column", help="label column of a hub dataset, or array name in an .npz")
+    _source_arguments(sub, split="train", label_required=False)
     sub.add_argument("--forget_label", nargs="+", default=[], help="keep only images that the data set labels so")
     sub.add_argument("--max_forget_images", type=int, help="use at most this many, evenly spread")
     sub.add_argument("--forget_prompt", help="of a text-to-image model: what draws the forget images")
@@ -88,9 +86,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     _model_argument(sub)
     sub.add_argument("--adapter", type=Path, nargs="+", required=True, help="folders of two or more saved adapters")
-    sub.add_argument("--output_dir", type=Path, required=True, help="folder of the new adapter")
     sub.add_argument("--rank", type=int, help="of the new adapter; the sum of theirs when left out")
-    sub.add_argument("--overwrite", action="store_true", help="replace an existing output_dir")
+    _output_arguments(sub)
 
     sub = command(
         "merge",
@@ -99,9 +96,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     _model_argument(sub)
     sub.add_argument("--adapter", type=Path, required=True)
-    sub.add_argument("--output_dir", type=Path, required=True)
     sub.add_argument("--dtype", choices=DTYPES, help="of the written weights; the base's own when left out")
-    sub.add_argument("--overwrite", action="store_true", help="replace an existing output_dir")
+    _output_arguments(sub)
 
     sub = command(
         "export",
@@ -110,8 +106,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     sub.add_argument("--adapter", type=Path, required=True)
     sub.add_argument("--format", choices=FORMATS, default="peft", help="kohya is what ComfyUI and WebUI read")
-    sub.add_argument("--output_dir", type=Path, required=True)
-    sub.add_argument("--overwrite", action="store_true", help="replace an existing output_dir")
+    _output_arguments(sub)
 
     sub = command(
         "inspect",
@@ -133,9 +128,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--judge", type=Path, required=True, help="safetensors of a classifier, see examples/train_judge.py"
     )
     sub.add_argument("--reference", required=True, help=".npz or hub dataset of real images with labels")
-    sub.add_argument("--dataset_split", default="test", help="split of a hub dataset")
-    sub.add_argument("--image_column", help="image column of a hub dataset, or array name in an .npz")
-    sub.add_argument("--label_column", required=True, help="label column of a hub dataset, or array name in an .npz")
+    _source_arguments(sub, split="test", label_required=True)
     sub.add_argument("--forget_class", type=int, required=True, help="the judge's number of the forgotten class")
     sub.add_argument(
         "--num_samples", type=int, default=1000, help="samples with the adapter off, and as many with it on"
@@ -192,6 +185,21 @@ def _model_argument(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="pipeline folder, UNet folder or hub id",
     )
+
+
+def _source_arguments(parser: argparse.ArgumentParser, split: str, label_required: bool) -> None:
+    """Where images and labels lie in an ImageSource."""
+    parser.add_argument("--dataset_split", default=split, help="split of a hub dataset")
+    parser.add_argument("--image_column", help="image column of a hub dataset, or array name in an .npz")
+    parser.add_argument(
+        "--label_column", required=label_required, help="label column of a hub dataset, or array name in an .npz"
+    )
+
+
+def _output_arguments(parser: argparse.ArgumentParser) -> None:
+    """A folder that is written whole."""
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output_dir")
 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:

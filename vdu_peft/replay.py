@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from vdu_peft.denoiser import Denoiser
+from vdu_peft.denoiser import Denoiser, in_turn
 
 # Where the mid block tells kinds of images apart: with less noise it sees real against generated instead.
 FEATURE_TIMESTEPS = (100, 300, 500)  # of 1000
@@ -38,7 +38,7 @@ def generate_replay(
     Returns:
         encoded images (M, C, H, W), M <= num_images, and the labels (M,) that they were drawn under or None.
     """
-    labels = torch.tensor([class_labels[i % len(class_labels)] for i in range(num_images)]) if class_labels else None
+    labels = in_turn(class_labels, num_images) if class_labels else None
     # Another seed than evaluation would use: a report must not judge the very samples trained on.
     images = denoiser.sample(
         num_images,
