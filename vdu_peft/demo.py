@@ -6,12 +6,13 @@ import time
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from vdu_peft.config import UnlearnConfig, VDUConfig
-from vdu_peft.data import ImageSource, to_tensor
+from vdu_peft.data import to_tensor
 from vdu_peft.denoiser import Denoiser
 from vdu_peft.evaluation import Report, evaluate, loss_plot
 from vdu_peft.judge import Judge
@@ -30,6 +31,35 @@ def base_denoiser() -> Denoiser:
     return Denoiser.from_pretrained(assets() / "ddpm").to_best_device()
 
 
+class DemoImages(NamedTuple):
+    """The demo's real images, (N, 1, 28, 28) in [-1, 1]: 100 training images per digit, 300 test images per digit."""
+
+    forget: torch.Tensor
+    retain: torch.Tensor  # of the other digits; unlearning does not see them
+    reference: torch.Tensor
+    reference_labels: torch.Tensor
+
+
+def demo_images(forget_digit: int, denoiser: Denoiser) -> DemoImages:
+    """The images of a run that forgets this digit, as the denoiser takes them."""
+    arrays = np.load(assets() / "images.npz")
+
+    def tensors(images: np.ndarray) -> torch.Tensor:
+        return torch.stack([to_tensor(image, denoiser.image_size, denoiser.channels) for image in images])
+
+    is_forget = arrays["forget_labels"] == forget_digit
+    return DemoImages(
+        tensors(arrays["forget_images"][is_forget]),
+        tensors(arrays["forget_images"][~is_forget]),
+        tensors(arrays["reference_images"]),
+        torch.from_numpy(arrays["reference_labels"]),
+    )
+
+
+def demo_judge() -> Judge:
+    return Judge.from_file(assets() / "judge.safetensors")
+
+
 def demo_samples(denoiser: Denoiser, num_samples: int, seed: int, progress: str) -> torch.Tensor:
     """Samples for the report of a run with this seed, of the same starting noise before and after."""
     # Evaluation's seed differs from training's.
@@ -42,32 +72,19 @@ def run_demo(
     config: UnlearnConfig,
     adapter_options: dict,
     num_samples: int,
-    before: torch.Tensor | None = None,
 ) -> tuple[UnlearnResult, Report]:
-    """Unlearn a digit from its 100 images; writes adapter/, report.json and the pictures.
-
-    Args:
-        before: the base model's :func:`demo_samples`, the same for every digit; drawn when None.
-    """
+    """Unlearn a digit from its 100 images; writes adapter/, report.json and the pictures."""
     start = time.perf_counter()
     denoiser = base_denoiser()
-    judge = Judge.from_file(assets() / "judge.safetensors")
-    images = str(assets() / "images.npz")
-    forget = ImageSource(
-        images, image_column="forget_images", label_column="forget_labels", labels=(str(forget_digit),)
-    ).load(denoiser.image_size, denoiser.channels)
-    arrays = np.load(images)
-    reference = torch.stack([to_tensor(i, denoiser.image_size, denoiser.channels) for i in arrays["reference_images"]])
-
-    if before is None:
-        before = demo_samples(denoiser, num_samples, config.seed, "samples before")
+    images = demo_images(forget_digit, denoiser)
+    before = demo_samples(denoiser, num_samples, config.seed, "samples before")
     unlearning_start = time.perf_counter()
     adapter = VDUConfig.for_model(denoiser.model, **adapter_options)
-    result = unlearn(denoiser, forget, config, adapter, output_dir=output_dir)
+    result = unlearn(denoiser, images.forget, config, adapter, output_dir=output_dir)
     unlearning_seconds = time.perf_counter() - unlearning_start
     after = demo_samples(denoiser, num_samples, config.seed, "samples after")
 
-    report = evaluate(before, after, judge, forget_digit, reference, torch.from_numpy(arrays["reference_labels"]))
+    report = evaluate(before, after, demo_judge(), forget_digit, images.reference, images.reference_labels)
     loss_plot(result.history, output_dir / "loss.png")
     model_parameters = sum(p.numel() for p in denoiser.model.parameters()) - result.trained_parameters
     report.save(
@@ -75,7 +92,7 @@ def run_demo(
         {"before": before, f"after forgetting {forget_digit}": after},
         status=result.status,
         steps=len(result.history),
-        forget_images=len(forget),
+        forget_images=len(images.forget),
         replay_images=result.num_replay,
         trained_parameters=result.trained_parameters,
         model_parameters=model_parameters,

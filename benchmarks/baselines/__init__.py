@@ -1,0 +1,1 @@
+"""The methods a user would pick instead, each on all parameters of the model, with its source."""

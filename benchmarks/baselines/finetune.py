@@ -1,0 +1,84 @@
+"""The loop that every full-parameter baseline shares: a batch, a gradient, an Adam step."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from accelerate.utils import set_seed
+
+from benchmarks.task import Outcome, Task
+from vdu_peft.config import UnlearnConfig
+from vdu_peft.objective import denoising_loss
+from vdu_peft.replay import generate_replay
+
+Gradients = Sequence[torch.Tensor]
+
+
+class Noisy(NamedTuple):
+    """Images, their noise and timesteps, and what the model sees of them."""
+
+    images: torch.Tensor  # (b, C, H, W)
+    noise: torch.Tensor  # (b, C, H, W)
+    timesteps: torch.Tensor  # (b,)
+    x_t: torch.Tensor  # (b, C, H, W)
+
+
+def draw(images: torch.Tensor, task: Task) -> Noisy:
+    """A batch of the images at uniform timesteps."""
+    batch = images[torch.randint(len(images), (task.train_batch_size,))].to(task.denoiser.device)
+    noise = torch.randn_like(batch)
+    timesteps = torch.randint(task.denoiser.num_train_timesteps, (len(batch),), device=batch.device)
+    return Noisy(batch, noise, timesteps, task.denoiser.add_noise(batch, noise, timesteps))
+
+
+def loss(task: Task, batch: Noisy, noise: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean denoising loss of a batch; ``noise`` is the target, the batch's own when None."""
+    noise_pred = task.denoiser.noise_pred(batch.x_t, batch.timesteps)
+    return denoising_loss(noise_pred, batch.noise if noise is None else noise).mean()
+
+
+def parameters(task: Task) -> list[torch.nn.Parameter]:
+    return list(task.denoiser.model.parameters())
+
+
+def gradients(value: torch.Tensor, task: Task) -> Gradients:
+    return torch.autograd.grad(value, parameters(task))
+
+
+def retained(task: Task, source: str) -> torch.Tensor:
+    """What a method retains by: its own ``replay``, as our method draws it, or ``real`` images."""
+    if source == "real":
+        return task.retain
+    config = UnlearnConfig()
+    images, _ = generate_replay(
+        task.denoiser,
+        task.forget,
+        num_images=config.replay_size,
+        num_inference_steps=config.replay_inference_steps,
+        keep_quantile=config.replay_keep_quantile,
+        seed=task.seed,
+    )
+    return images
+
+
+def finetune(task: Task, learning_rate: float, gradient: Callable[[], Gradients]) -> Outcome:
+    """Adam on all parameters for the task's steps, along what ``gradient`` returns.
+
+    Stops at the first gradient that is not finite and leaves the model as it was before it.
+    """
+    trained = parameters(task)
+    optimizer = torch.optim.Adam(trained, lr=learning_rate)
+    status, start, step = "done", time.perf_counter(), 0
+    for step in range(task.max_train_steps):
+        set_seed(task.seed * 1_000_003 + step)
+        for parameter, grad in zip(trained, gradient(), strict=True):
+            parameter.grad = grad
+        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        if not torch.isfinite(norm):
+            status = "not finite"
+            break
+        optimizer.step()
+    else:
+        step += 1
+    return Outcome(status, step, sum(p.numel() for p in trained), time.perf_counter() - start)

@@ -1,0 +1,101 @@
+"""An experiment file and the runs that it stands for."""
+
+import json
+import re
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from benchmarks.methods import METHODS
+
+EXPERIMENTS = Path(__file__).parent / "experiments"
+RESULTS = Path(__file__).parent / "results"
+
+
+class ExperimentError(ValueError):
+    """An experiment file that cannot be run; the message names it and the mend."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method with its options. Entries of one ``group`` are a grid: tables show the best of it."""
+
+    label: str
+    method: str
+    sees: str  # what the method sees besides the base model, for the tables
+    options: dict
+    group: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method forgetting one class with one seed; its result is one file."""
+
+    experiment: "Experiment"
+    entry: Entry
+    forget_class: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.entry.label}-{self.forget_class}-{self.seed}"
+
+    def result_file(self, results: Path) -> Path:
+        return results / self.experiment.name / f"{self.name}.json"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Every entry forgets every class with every seed, at the same batch size and steps at most.
+
+    The base model, judge and images are the demo's.
+    """
+
+    name: str
+    title: str
+    forget_classes: list[int]
+    seeds: list[int]
+    num_samples: int
+    max_train_steps: int
+    train_batch_size: int
+    num_forget_images: int
+    entries: list[Entry]
+
+    @property
+    def runs(self) -> list[Run]:
+        return [Run(self, *run) for run in product(self.entries, self.forget_classes, self.seeds)]
+
+
+FIELDS = {"title", "forget_classes", "seeds", "num_samples", "max_train_steps", "train_batch_size", "methods"}
+
+
+def read_experiment(file: Path) -> Experiment:
+    """Read and check an experiment file.
+
+    Raises:
+        ExperimentError: not there, not JSON, a field missing or unknown, a method unknown or two of one label.
+    """
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ExperimentError(f"{file}: not a readable JSON file ({error})") from error
+    optional = {"num_forget_images"}
+    if not FIELDS <= set(content) <= FIELDS | optional:
+        raise ExperimentError(
+            f"{file}: missing {sorted(FIELDS - set(content))}, unknown {sorted(set(content) - FIELDS - optional)}"
+        )
+    entries = []
+    for method in content.pop("methods"):
+        label = method["label"]
+        if not re.fullmatch(r"[a-z0-9_.]+(-[a-z0-9_.]+)*", label):
+            raise ExperimentError(f"{file}: label {label!r} names files: lower case, digits, dots and dashes only")
+        if method["method"] not in METHODS:
+            raise ExperimentError(
+                f"{file}: unknown method {method['method']!r}; known are {', '.join(sorted(METHODS))}"
+            )
+        entries.append(
+            Entry(label, method["method"], method["sees"], method.get("options", {}), method.get("group", label))
+        )
+    if len({entry.label for entry in entries}) < len(entries):
+        raise ExperimentError(f"{file}: two methods have the same label")
+    return Experiment(name=file.stem, entries=entries, **{"num_forget_images": 100, **content})

@@ -1,0 +1,49 @@
+"""Every method by its name in an experiment file: ours and the baselines."""
+
+import time
+from collections.abc import Callable
+
+from benchmarks.baselines import (
+    erasediff,
+    gradient_ascent,
+    noise_target,
+    salun,
+    selective_amnesia,
+    siss,
+    vdu,
+)
+from benchmarks.task import Outcome, Task
+from vdu_peft.config import UnlearnConfig, VDUConfig
+from vdu_peft.trainer import unlearn
+
+
+def vdu_peft(task: Task, adapter: dict | None = None, **options) -> Outcome:
+    """This package, from the forget images alone; options of UnlearnConfig, ``adapter`` those of VDUConfig."""
+    config = UnlearnConfig(
+        max_train_steps=task.max_train_steps, train_batch_size=task.train_batch_size, seed=task.seed, **options
+    )
+    times = [0.0]
+    result = unlearn(
+        task.denoiser,
+        task.forget,
+        config,
+        VDUConfig.for_model(task.denoiser.model, **(adapter or {})),
+        callback=lambda step, terms: times.append(time.perf_counter()),
+    )
+    steps = len(times) - 1
+    # From the end of the first step: what comes before it is not the steps' time.
+    seconds = (times[-1] - times[1]) * steps / max(steps - 1, 1)
+    return Outcome(result.status, steps, result.trained_parameters, seconds)
+
+
+METHODS: dict[str, Callable[..., Outcome]] = {
+    "erasediff": erasediff.erasediff,
+    "gradient_ascent": gradient_ascent.gradient_ascent,
+    "noise_target": noise_target.noise_target,
+    "salun": salun.salun,
+    "selective_amnesia": selective_amnesia.selective_amnesia,
+    "siss": siss.siss,
+    "vdu_checkpoints": vdu.checkpoints,
+    "vdu_isotropic": vdu.isotropic,
+    "vdu_peft": vdu_peft,
+}

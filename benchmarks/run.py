@@ -1,0 +1,178 @@
+"""Run the experiments' missing runs; each writes one self-describing result.
+
+    python -m benchmarks.run                     # every experiment
+    python -m benchmarks.run mnist-digits        # one
+    python -m benchmarks.run mnist-digits --jobs 2 --dry-run
+
+A run that has its result is not run again, so an interrupted experiment goes on where it stopped. Every run is a
+process of its own, so that its peak memory is its own. On two CPU cores ``--jobs 2``, one thread each, is faster in all
+than one job after the other; times of a run are then those of a single thread.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from accelerate.utils import set_seed
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from benchmarks.experiment import EXPERIMENTS, RESULTS, ExperimentError, Run, read_experiment
+from benchmarks.judges import lenet
+from benchmarks.methods import METHODS
+from benchmarks.task import Task
+from vdu_peft.demo import SAMPLE_STEPS, base_denoiser, demo_images, demo_judge, demo_samples, peak_memory_mib
+from vdu_peft.evaluation import evaluate, labelled_grids
+from vdu_peft.metrics import class_shares, pul, pul_interval
+
+
+def run(item: Run, results: Path) -> None:
+    """Forget, sample, judge, write the result and a picture beside it."""
+    experiment = item.experiment
+    denoiser = base_denoiser()
+    images = demo_images(item.forget_class, denoiser)
+    before = load_file(before_file(item, results))["images"]
+    task = Task(
+        denoiser,
+        images.forget[: experiment.num_forget_images],
+        images.retain,
+        experiment.max_train_steps,
+        experiment.train_batch_size,
+        item.seed,
+    )
+    set_seed(item.seed)
+    start = time.perf_counter()
+    outcome = METHODS[item.entry.method](task, **item.entry.options)
+    seconds, peak_mib = time.perf_counter() - start, peak_memory_mib()
+    after = demo_samples(denoiser, experiment.num_samples, item.seed, None)
+    report = evaluate(before, after, demo_judge(), item.forget_class, images.reference, images.reference_labels)
+    record = {
+        "experiment": experiment.name,
+        "label": item.entry.label,
+        "group": item.entry.group,
+        "method": item.entry.method,
+        "sees": item.entry.sees,
+        "options": item.entry.options,
+        "forget_class": item.forget_class,
+        "seed": item.seed,
+        "forget_images": len(task.forget),
+        "max_train_steps": experiment.max_train_steps,
+        "train_batch_size": experiment.train_batch_size,
+        "sampler": f"DDIM, {SAMPLE_STEPS} steps, seed {item.seed + 1}",
+        **outcome._asdict(),
+        "seconds": seconds,
+        "peak_memory_mib": peak_mib,
+        "report": asdict(report),
+        "lenet": lenet_verdict(before, after, item.forget_class),
+        "environment": environment(),
+    }
+    file = item.result_file(results)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    labelled_grids({"before": before[:50], item.name: after[:50]}).save(file.with_suffix(".png"))
+    # Whole or not at all: a result that is there counts as run.
+    unfinished = file.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(record, indent=1) + "\n")
+    unfinished.replace(file)
+
+
+def lenet_verdict(before: torch.Tensor, after: torch.Tensor, forget_class: int) -> dict:
+    """Shares and PUL by the judge that we did not train."""
+    labels = [lenet(images) for images in (before, after)]
+    counts = [int((ls == forget_class).sum()) for ls in labels]
+    shares = [class_shares(ls, 10)[forget_class].item() for ls in labels]
+    return {
+        "share_before": shares[0],
+        "share_after": shares[1],
+        "pul": pul(*shares),
+        "pul_interval": pul_interval(*counts, len(before), len(after)),
+    }
+
+
+def before_file(item: Run, results: Path) -> Path:
+    """The base model's samples, drawn once for all runs of the same number and seed."""
+    return results / f"before-{item.experiment.num_samples}-{item.seed}.safetensors"
+
+
+def draw_before(item: Run, results: Path) -> None:
+    file = before_file(item, results)
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        images = demo_samples(base_denoiser(), item.experiment.num_samples, item.seed, "base samples")
+        unfinished = file.with_suffix(".tmp")
+        save_file({"images": images}, unfinished)
+        unfinished.replace(file)
+
+
+def environment() -> dict:
+    """What the figures depend on besides the experiment: commit, versions, machine."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "commit": git("rev-parse", "HEAD") + ("-changed" if changed else ""),
+        "versions": {name: metadata.version(name) for name in ("vdu-peft", "torch", "diffusers", "peft", "accelerate")},
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _worker(work: tuple[Run, Path, int]) -> tuple[str, str | None]:
+    """In a process of its own: the run's name and its error, if any."""
+    item, results, threads = work
+    torch.set_num_threads(threads)
+    try:
+        run(item, results)
+    except Exception:
+        return item.name, traceback.format_exc()
+    return item.name, None
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="name", help="experiments, by file name; all when none is given")
+    parser.add_argument("--experiments_dir", type=Path, default=EXPERIMENTS)
+    parser.add_argument("--results_dir", type=Path, default=RESULTS)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; the cores are shared out among them")
+    parser.add_argument("--dry-run", action="store_true", help="list the missing runs and end")
+    args = parser.parse_args(argv)
+    names = args.names or sorted(file.stem for file in args.experiments_dir.glob("*.json"))
+    try:
+        experiments = [read_experiment(args.experiments_dir / f"{name}.json") for name in names]
+    except ExperimentError as error:
+        print(error, file=sys.stderr)
+        return 2
+    missing = [run for e in experiments for run in e.runs if not run.result_file(args.results_dir).is_file()]
+    if args.dry_run:
+        print("\n".join(f"{item.experiment.name}/{item.name}" for item in missing))
+        return 0
+    for item in missing:
+        draw_before(item, args.results_dir)
+    threads = max(1, torch.get_num_threads() // args.jobs)
+    work = [(item, args.results_dir, threads) for item in missing]
+    failed = False
+    # Spawned: a forked process would share the parent's peak memory and torch's threads.
+    with multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=1) as pool:
+        for name, error in tqdm(pool.imap_unordered(_worker, work), total=len(work), desc="runs"):
+            if error:
+                failed = True
+                tqdm.write(f"{name} failed:\n{error}", file=sys.stderr)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

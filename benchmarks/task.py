@@ -1,0 +1,39 @@
+"""What every method is given: one base model, the forget images, and what it may retain by."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from vdu_peft.denoiser import Denoiser
+
+
+@dataclass(frozen=True)
+class Task:
+    """One class to forget, on one base model.
+
+    Attributes:
+        denoiser: the base model; a method changes it in place.
+        forget: (N_f, C, H, W) in [-1, 1], the undesired images.
+        retain: (N_r, C, H, W) in [-1, 1], real images of the other classes. A method that uses them sees what ours
+            may not.
+        max_train_steps: optimizer steps.
+        train_batch_size: forget images, and as many retained ones, per step.
+        seed: of everything random.
+    """
+
+    denoiser: Denoiser
+    forget: torch.Tensor
+    retain: torch.Tensor
+    max_train_steps: int
+    train_batch_size: int
+    seed: int
+
+
+class Outcome(NamedTuple):
+    """What a method tells of its run; the changed model is the task's denoiser."""
+
+    status: str
+    steps: int
+    trained_parameters: int
+    training_seconds: float  # of the steps alone: replay, Fisher information and checkpoints are not in it
