@@ -45,6 +45,24 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Relearning:
+    """How an unlearned model is fine-tuned on images to see whether the class comes back.
+
+    Attributes:
+        source: ``forget``, the undesired images themselves, or ``retain``, real images of the other classes.
+        num_images: how many of them.
+        steps: after how many steps the class's share is measured.
+        num_samples: samples per measurement.
+    """
+
+    source: str
+    num_images: int
+    learning_rate: float
+    steps: list[int]
+    num_samples: int
+
+
+@dataclass(frozen=True)
 class Experiment:
     """Every entry forgets every class with every seed, at the same batch size and steps at most.
 
@@ -60,6 +78,7 @@ class Experiment:
     train_batch_size: int
     num_forget_images: int
     entries: list[Entry]
+    relearning: list[Relearning]
 
     @property
     def runs(self) -> list[Run]:
@@ -79,7 +98,7 @@ def read_experiment(file: Path) -> Experiment:
         content = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise ExperimentError(f"{file}: not a readable JSON file ({error})") from error
-    optional = {"num_forget_images"}
+    optional = {"num_forget_images", "relearning"}
     if not FIELDS <= set(content) <= FIELDS | optional:
         raise ExperimentError(
             f"{file}: missing {sorted(FIELDS - set(content))}, unknown {sorted(set(content) - FIELDS - optional)}"
@@ -98,4 +117,5 @@ def read_experiment(file: Path) -> Experiment:
         )
     if len({entry.label for entry in entries}) < len(entries):
         raise ExperimentError(f"{file}: two methods have the same label")
-    return Experiment(name=file.stem, entries=entries, **{"num_forget_images": 100, **content})
+    relearning = [Relearning(**options) for options in content.pop("relearning", [])]
+    return Experiment(name=file.stem, entries=entries, relearning=relearning, **{"num_forget_images": 100, **content})

@@ -30,6 +30,8 @@ def vdu_peft(task: Task, adapter: dict | None = None, **options) -> Outcome:
         VDUConfig.for_model(task.denoiser.model, **(adapter or {})),
         callback=lambda step, terms: times.append(time.perf_counter()),
     )
+    # Merged, as it would be released, and as a full-parameter method leaves it.
+    task.denoiser.model = result.model.merge_and_unload()
     steps = len(times) - 1
     # From the end of the first step: what comes before it is not the steps' time.
     seconds = (times[-1] - times[1]) * steps / max(steps - 1, 1)

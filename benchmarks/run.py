@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 from benchmarks.experiment import EXPERIMENTS, RESULTS, ExperimentError, Run, read_experiment
 from benchmarks.judges import lenet
 from benchmarks.methods import METHODS
+from benchmarks.relearning import relearn
 from benchmarks.task import Task
 from vdu_peft.demo import SAMPLE_STEPS, base_denoiser, demo_images, demo_judge, demo_samples, peak_memory_mib
 from vdu_peft.evaluation import evaluate, labelled_grids
@@ -74,6 +75,10 @@ def run(item: Run, results: Path) -> None:
         "peak_memory_mib": peak_mib,
         "report": asdict(report),
         "lenet": lenet_verdict(before, after, item.forget_class),
+        "relearning": [
+            {**asdict(options), "shares": relearn(task, options, item.forget_class)}
+            for options in experiment.relearning
+        ],
         "environment": environment(),
     }
     file = item.result_file(results)

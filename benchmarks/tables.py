@@ -137,6 +137,27 @@ def frontier_plot(by_label: dict[str, list[dict]], file: Path) -> None:
     figure.savefig(file, dpi=100)
 
 
+def relearning_tables(experiment: Experiment, by_label: dict[str, list[dict]]) -> list[str]:
+    """One table per way of fine-tuning: the class's share of samples as it goes on, means over the runs."""
+    lines = []
+    for number, options in enumerate(experiment.relearning):
+        lines += [
+            f"Relearning: all parameters fine-tuned on {options.num_images} {options.source} images (Adam, learning "
+            f"rate {options.learning_rate:g}, batch {experiment.train_batch_size}); the class's share of "
+            f"{options.num_samples} samples by LeNet-5. The base model's share is "
+            f"{mean(r['lenet']['share_before'] for rs in by_label.values() for r in rs):.1%}.",
+            "",
+            "| entry | before | " + " | ".join(f"{step} steps" for step in options.steps) + " |",
+            "|---" * (len(options.steps) + 2) + "|",
+        ]
+        for label, records in by_label.items():
+            shares = [[r["lenet"]["share_after"], *r["relearning"][number]["shares"]] for r in records]
+            cells = [f"{mean(column):.1%}" for column in zip(*shares, strict=True)]
+            lines.append("| " + " | ".join([label, *cells]) + " |")
+        lines.append("")
+    return lines
+
+
 def section(experiment: Experiment, records: list[dict], folder: Path) -> list[str]:
     """One experiment: how it was run, its table, and its frontier when it compares methods."""
     environments = sorted({(r["environment"]["commit"][:12], r["environment"]["machine"]) for r in records})
@@ -156,7 +177,7 @@ def section(experiment: Experiment, records: list[dict], folder: Path) -> list[s
     ]
     by_label = entry_means(records)
     if len(experiment.entries) == 1:
-        return [*lines, *class_table(records), ""]
+        return [*lines, *class_table(records), "", *relearning_tables(experiment, by_label)]
     best = best_of_groups(by_label)
     frontier_plot(best, folder / f"{experiment.name}.png")
     lines += [
@@ -168,7 +189,7 @@ def section(experiment: Experiment, records: list[dict], folder: Path) -> list[s
         f"![PUL against u-FID]({experiment.name}.png)",
         "",
     ]
-    return lines
+    return [*lines, *relearning_tables(experiment, by_label)]
 
 
 def main(argv=None) -> int:

@@ -55,9 +55,9 @@ def forget() -> torch.Tensor:
     return images
 
 
-def saved_adapter(folder, seed: int = 1, **options):
-    """The folder of an adapter of :func:`tiny_unet` whose mean delta is not zero."""
-    model = tiny_unet()
+def saved_adapter(folder, seed: int = 1, model=None, **options):
+    """The folder of an adapter whose mean delta is not zero, of :func:`tiny_unet` or of ``model`` (which gets it)."""
+    model = model or tiny_unet()
     peft_model = attach(model, VDUConfig.for_model(model, **options))
     torch.manual_seed(seed)
     for _, layer in variational_layers(model):

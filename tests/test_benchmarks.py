@@ -164,6 +164,9 @@ def test_small_experiment_runs_once_and_becomes_a_table(tmp_path, capsys):
         "num_samples": 20,
         "max_train_steps": 2,
         "train_batch_size": 2,
+        "relearning": [
+            {"source": "retain", "num_images": 9, "learning_rate": 1e-5, "steps": [1, 2], "num_samples": 10}
+        ],
         "methods": [
             {"label": "ours", "method": "vdu_peft", "sees": "forget images", "options": {"replay_size": 4}},
             {
@@ -193,6 +196,7 @@ def test_small_experiment_runs_once_and_becomes_a_table(tmp_path, capsys):
     assert tables.main([*folders, f"--output_dir={tmp_path}"]) == 0
     text = (tmp_path / "README.md").read_text()
     assert "2 of 2 runs" in text and "| **ascent** |" in text
+    assert "| ours | " in text.partition("Relearning")[2]
     assert (tmp_path / "small.png").is_file()
 
 

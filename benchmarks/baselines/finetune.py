@@ -62,10 +62,18 @@ def retained(task: Task, source: str) -> torch.Tensor:
     return images
 
 
-def finetune(task: Task, learning_rate: float, gradient: Callable[[], Gradients]) -> Outcome:
+def finetune(
+    task: Task,
+    learning_rate: float,
+    gradient: Callable[[], Gradients],
+    callback: Callable[[int], None] = lambda step: None,
+) -> Outcome:
     """Adam on all parameters for the task's steps, along what ``gradient`` returns.
 
     Stops at the first gradient that is not finite and leaves the model as it was before it.
+
+    Args:
+        callback: called after every step with the number of steps taken.
     """
     trained = parameters(task)
     optimizer = torch.optim.Adam(trained, lr=learning_rate)
@@ -79,6 +87,7 @@ def finetune(task: Task, learning_rate: float, gradient: Callable[[], Gradients]
             status = "not finite"
             break
         optimizer.step()
+        callback(step + 1)
     else:
         step += 1
     return Outcome(status, step, sum(p.numel() for p in trained), time.perf_counter() - start)

@@ -1,0 +1,37 @@
+"""Does the class come back? Fine-tune the unlearned model and watch the class's share."""
+
+import copy
+from dataclasses import replace
+
+from benchmarks.baselines.finetune import draw, finetune, gradients, loss
+from benchmarks.experiment import Relearning
+from benchmarks.judges import lenet
+from benchmarks.task import Task
+from vdu_peft.demo import demo_samples
+
+
+def relearn(task: Task, options: Relearning, forget_class: int) -> list[float]:
+    """The class's share of samples by LeNet-5 after each of ``options.steps`` steps on all parameters.
+
+    The task's own model is left as it is.
+    """
+    images = {"forget": task.forget, "retain": task.retain}[options.source]
+    # Spread over the set, which may lie in the order of its classes.
+    images = images[:: len(images) // options.num_images][: options.num_images]
+    twin = copy.deepcopy(task.denoiser)
+    twin.model.requires_grad_(True)
+    training = replace(task, denoiser=twin, max_train_steps=max(options.steps))
+    shares = []
+
+    def measure(step: int) -> None:
+        if step in options.steps:
+            digits = lenet(demo_samples(twin, options.num_samples, task.seed, None))
+            shares.append((digits == forget_class).double().mean().item())
+
+    finetune(
+        training,
+        options.learning_rate,
+        lambda: gradients(loss(training, draw(images, training)), training),
+        callback=measure,
+    )
+    return shares

@@ -1,0 +1,220 @@
+"""The service over HTTP against loading each adapter anew, and in a real browser where there is one."""
+
+import io
+import shutil
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import saved_adapter, tiny_text_pipeline, tiny_unet
+from diffusers import DDPMScheduler
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from vdu_peft.adapter import AdapterError, load_adapter
+from vdu_peft.denoiser import Denoiser
+from vdu_peft.evaluation import image_grid
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import hotswap_server
+from hotswap_server import AdapterFolder, Service, create_app
+
+REQUEST = {"n": 3, "seed": 5, "num_inference_steps": 4}
+
+
+def denoiser():
+    return Denoiser(tiny_unet(), DDPMScheduler())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two adapters that fit, of ranks 2 and 4, and beside their folder one that nobody may load."""
+    saved_adapter(tmp_path / "adapters" / "ones", 1, r=2)
+    saved_adapter(tmp_path / "adapters" / "sevens", 2, r=4, lora_alpha=2)
+    saved_adapter(tmp_path / "outside", 3, r=2)
+    return tmp_path / "adapters"
+
+
+@pytest.fixture
+def client(folder):
+    return TestClient(create_app(Service(denoiser(), AdapterFolder(folder), compile=False)))
+
+
+def pixels(content: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(content)), dtype=int)
+
+
+def fresh(adapter: Path | None = None) -> np.ndarray:
+    model = denoiser()
+    if adapter:
+        load_adapter(model.model, adapter)
+    images = model.sample(3, seed=5, num_inference_steps=4)
+    return np.asarray(image_grid(images, columns=3, scale=3), dtype=int)
+
+
+def test_each_request_gets_the_adapter_it_asks_for(client, folder):
+    off = fresh()
+    for name in ("sevens", "ones", None, "ones", "sevens"):
+        response = client.post("/generate", json={**REQUEST, "adapter": name})
+        assert response.status_code == 200 and response.headers["content-type"] == "image/png"
+        expected = fresh(folder / name) if name else off
+        # Padding to the larger rank changes the order of sums: one grey level of 255.
+        assert np.abs(pixels(response.content) - expected).max() <= 1
+        assert name is None or np.abs(expected - off).max() > 10
+    assert np.array_equal(
+        pixels(client.post("/generate", json={**REQUEST, "adapter": "ones", "scale": 0}).content), off
+    )
+
+
+def test_an_adapter_that_was_written_anew_is_loaded_anew(client, folder):
+    client.post("/generate", json={**REQUEST, "adapter": "ones"})
+    shutil.rmtree(folder / "ones")
+    saved_adapter(folder / "ones", 9, r=2)
+    response = client.post("/generate", json={**REQUEST, "adapter": "ones"})
+    assert np.abs(pixels(response.content) - fresh(folder / "ones")).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["../outside", "..", ".", "", "/etc", "link", "none", "ones/../../outside"])
+def test_nothing_outside_the_folder_is_loaded(client, folder, name):
+    (folder / "link").symlink_to(folder.parent / "outside")
+    response = client.post("/generate", json={**REQUEST, "adapter": name})
+    assert response.status_code == 404 and "there are ones, sevens" in response.json()["detail"]
+    assert client.get("/adapters").json() == ["ones", "sevens"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"n": 0}, {"n": 65}, {"scale": -1}, {"seed": -1}, {"prompt": "a cat"}, {"adaptor": "ones"}]
+)
+def test_bad_requests_are_refused(client, change):
+    assert client.post("/generate", json={**REQUEST, **change}).status_code == 422
+
+
+def test_an_adapter_that_does_not_fit_is_refused_and_the_one_there_stays(client, folder):
+    before = client.post("/generate", json={**REQUEST, "adapter": "ones"}).content
+    saved_adapter(folder / "large", 4, r=8)
+    response = client.post("/generate", json={**REQUEST, "adapter": "large"})
+    assert response.status_code == 422 and "there is room for" in response.json()["detail"]
+    assert client.post("/generate", json={**REQUEST, "adapter": "ones"}).content == before
+
+
+def test_requests_at_once_do_not_meet(client, folder):
+    expected = {name: fresh(folder / name) for name in ("ones", "sevens")}
+    wrong = []
+
+    def ask(name):
+        for _ in range(5):
+            content = client.post("/generate", json={**REQUEST, "adapter": name}).content
+            if np.abs(pixels(content) - expected[name]).max() > 1:
+                wrong.append(name)
+
+    threads = [threading.Thread(target=ask, args=(name,)) for name in ("ones", "sevens") * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_health_and_metrics(client):
+    client.post("/generate", json={**REQUEST, "adapter": "ones"})
+    client.post("/generate", json={**REQUEST, "adapter": "ones"})
+    client.post("/generate", json=REQUEST)
+    assert client.get("/health").json() == {"status": "ok", "model": "UNet2DModel", "adapters": 2}
+    metrics = client.get("/metrics").text
+    assert 'vdu_images_total{adapter="ones"} 6.0' in metrics and 'vdu_images_total{adapter="none"} 3.0' in metrics
+    assert "vdu_swap_seconds_count 1.0" in metrics and "vdu_generate_seconds_count 3.0" in metrics
+
+
+def test_a_compiled_model_serves_any_adapter_without_compiling_again(folder):
+    from torch._dynamo.testing import CompileCounter
+
+    torch.compiler.reset()
+    service = Service(denoiser(), AdapterFolder(folder), compile=False)
+    counter = CompileCounter()
+    service.denoiser.model = torch.compile(service.peft_model, backend=counter, dynamic=True)
+    client = TestClient(create_app(service))
+    for adapter in ("ones", None):  # with and without an adapter are two programs
+        client.post("/generate", json={**REQUEST, "adapter": adapter})
+    compiled = counter.frame_count
+    assert compiled > 0
+    changes = [{"adapter": "sevens"}, {}, {"adapter": "ones", "scale": 0.5}, {"adapter": "sevens", "n": 5}]
+    for change in changes:
+        assert client.post("/generate", json={**REQUEST, **change}).status_code == 200
+    assert counter.frame_count == compiled
+
+
+def test_text_to_image(tmp_path):
+    from vdu_peft.text_denoiser import TextDenoiser
+
+    saved_adapter(tmp_path / "adapters" / "cats", 1, tiny_text_pipeline(tmp_path / "tokenizer").unet)
+    text = TextDenoiser(tiny_text_pipeline(tmp_path / "tokenizer"), [""])
+    client = TestClient(create_app(Service(text, AdapterFolder(tmp_path / "adapters"), compile=False)))
+    contents = {
+        client.post("/generate", json={"n": 1, "num_inference_steps": 2, "prompt": prompt, "adapter": adapter}).content
+        for prompt in ("a cat", "a dog")
+        for adapter in ("cats", None)
+    }
+    assert len(contents) == 4
+
+
+def test_nothing_to_serve_is_an_error(tmp_path, capsys):
+    with pytest.raises(AdapterError, match="no adapters there"):
+        Service(denoiser(), AdapterFolder(tmp_path))
+    with pytest.raises(SystemExit):
+        hotswap_server.main([f"--model={tmp_path}", f"--adapters_dir={tmp_path / 'none'}"])
+    assert "is not a folder" in capsys.readouterr().err
+
+
+@pytest.fixture
+def browser():
+    selenium = pytest.importorskip("selenium.webdriver")
+    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (binary and driver):
+        pytest.skip("no chromium and chromedriver on this machine")
+    options = selenium.ChromeOptions()
+    options.binary_location = binary
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
+        options.add_argument(argument)
+    driver = selenium.Chrome(options=options, service=selenium.ChromeService(driver))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def address(folder):
+    import uvicorn
+
+    app = create_app(Service(denoiser(), AdapterFolder(folder), compile=False))
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.05)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+
+
+def test_the_page_draws_before_and_after(browser, address):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import Select, WebDriverWait
+
+    browser.get(address)
+    wait = WebDriverWait(browser, 60)
+    wait.until(lambda b: len(b.find_elements(By.CSS_SELECTOR, "#adapter option")) == 2)
+    Select(browser.find_element(By.ID, "adapter")).select_by_visible_text("sevens")
+    assert not browser.find_element(By.ID, "prompt").is_displayed()
+    browser.find_element(By.TAG_NAME, "button").click()
+    loaded = "return document.getElementById(arguments[0]).naturalWidth"
+    wait.until(lambda b: b.execute_script(loaded, "before") > 0 and b.execute_script(loaded, "after") > 0)
+    assert browser.execute_script(loaded, "after") == 8 * 8 * 3  # 8 images of 8 pixels, at three times the size
+    assert browser.find_element(By.ID, "error").text == ""
+    # What the server refuses, the page shows.
+    seed = browser.find_element(By.ID, "seed")
+    browser.execute_script("arguments[0].removeAttribute('min'); arguments[0].value = -1", seed)
+    browser.find_element(By.TAG_NAME, "button").click()
+    wait.until(lambda b: "greater than or equal" in b.find_element(By.ID, "error").text)
