@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
@@ -16,7 +16,7 @@ class ExperimentError(ValueError):
     """An experiment file that cannot be run; the message names it and the mend."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tables are keyed by the entry itself
 class Entry:
     """One method with its options. Entries of one ``group`` are a grid: tables show the best of it."""
 
@@ -40,8 +40,31 @@ class Run:
     def name(self) -> str:
         return f"{self.entry.label}-{self.forget_class}-{self.seed}"
 
+    @property
+    def spec(self) -> dict:
+        """Everything that the result depends on besides the code; it is stored with the result."""
+        experiment = asdict(self.experiment)
+        shared = {name: experiment[name] for name in SHARED}
+        method = {"label": self.entry.label, "method": self.entry.method, "options": self.entry.options}
+        return {**method, "forget_class": self.forget_class, "seed": self.seed, **shared}
+
     def result_file(self, results: Path) -> Path:
         return results / self.experiment.name / f"{self.name}.json"
+
+    def load(self, results: Path) -> dict | None:
+        """The result, or None when there is none.
+
+        Raises:
+            ExperimentError: the result is of other options than the experiment file has now.
+        """
+        file = self.result_file(results)
+        if not file.is_file():
+            return None
+        record = json.loads(file.read_text())
+        if record["spec"] != self.spec:
+            changed = [k for k, v in self.spec.items() if record["spec"].get(k) != v]
+            raise ExperimentError(f"{file}: of another {', '.join(changed)} than the experiment; remove it to run anew")
+        return record
 
 
 @dataclass(frozen=True)
@@ -85,6 +108,8 @@ class Experiment:
         return [Run(self, *run) for run in product(self.entries, self.forget_classes, self.seeds)]
 
 
+# Fields of an experiment that each of its results depends on.
+SHARED = ("num_samples", "max_train_steps", "train_batch_size", "num_forget_images", "relearning")
 FIELDS = {"title", "forget_classes", "seeds", "num_samples", "max_train_steps", "train_batch_size", "methods"}
 
 
@@ -103,19 +128,17 @@ def read_experiment(file: Path) -> Experiment:
         raise ExperimentError(
             f"{file}: missing {sorted(FIELDS - set(content))}, unknown {sorted(set(content) - FIELDS - optional)}"
         )
-    entries = []
-    for method in content.pop("methods"):
-        label = method["label"]
-        if not re.fullmatch(r"[a-z0-9_.]+(-[a-z0-9_.]+)*", label):
-            raise ExperimentError(f"{file}: label {label!r} names files: lower case, digits, dots and dashes only")
-        if method["method"] not in METHODS:
-            raise ExperimentError(
-                f"{file}: unknown method {method['method']!r}; known are {', '.join(sorted(METHODS))}"
-            )
-        entries.append(
-            Entry(label, method["method"], method["sees"], method.get("options", {}), method.get("group", label))
-        )
+    try:
+        entries = [Entry(**{"options": {}, "group": m["label"], **m}) for m in content.pop("methods")]
+        relearning = [Relearning(**options) for options in content.pop("relearning", [])]
+    except (KeyError, TypeError) as error:
+        raise ExperimentError(f"{file}: methods or relearning: {error}") from error
+    for entry in entries:
+        if not re.fullmatch(r"[a-z0-9_.]+(-[a-z0-9_.]+)*", entry.label):
+            raise ExperimentError(f"{file}: label {entry.label!r} names files: lower case, digits, dots, dashes only")
+        if entry.method not in METHODS:
+            known = ", ".join(sorted(METHODS))
+            raise ExperimentError(f"{file}: unknown method {entry.method!r}; known are {known}")
     if len({entry.label for entry in entries}) < len(entries):
         raise ExperimentError(f"{file}: two methods have the same label")
-    relearning = [Relearning(**options) for options in content.pop("relearning", [])]
     return Experiment(name=file.stem, entries=entries, relearning=relearning, **{"num_forget_images": 100, **content})

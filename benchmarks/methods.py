@@ -14,7 +14,7 @@ from benchmarks.baselines import (
 )
 from benchmarks.task import Outcome, Task
 from vdu_peft.config import UnlearnConfig, VDUConfig
-from vdu_peft.trainer import unlearn
+from vdu_peft.trainer import UnlearnError, unlearn
 
 
 def vdu_peft(task: Task, adapter: dict | None = None, **options) -> Outcome:
@@ -22,20 +22,23 @@ def vdu_peft(task: Task, adapter: dict | None = None, **options) -> Outcome:
     config = UnlearnConfig(
         max_train_steps=task.max_train_steps, train_batch_size=task.train_batch_size, seed=task.seed, **options
     )
-    times = [0.0]
-    result = unlearn(
-        task.denoiser,
-        task.forget,
-        config,
-        VDUConfig.for_model(task.denoiser.model, **(adapter or {})),
-        callback=lambda step, terms: times.append(time.perf_counter()),
-    )
+    times: list[float] = []
+    try:
+        result = unlearn(
+            task.denoiser,
+            task.forget,
+            config,
+            VDUConfig.for_model(task.denoiser.model, **(adapter or {})),
+            callback=lambda step, terms: times.append(time.process_time()),
+        )
+    except UnlearnError:  # as a baseline that is not finite: a result like any other
+        trained = sum(p.numel() for p in task.denoiser.model.parameters() if p.requires_grad)
+        return Outcome("not finite", len(times), trained, float("nan"))
     # Merged, as it would be released, and as a full-parameter method leaves it.
     task.denoiser.model = result.model.merge_and_unload()
-    steps = len(times) - 1
     # From the end of the first step: what comes before it is not the steps' time.
-    seconds = (times[-1] - times[1]) * steps / max(steps - 1, 1)
-    return Outcome(result.status, steps, result.trained_parameters, seconds)
+    seconds = (times[-1] - times[0]) / max(len(times) - 1, 1)
+    return Outcome(result.status, len(times), result.trained_parameters, seconds)
 
 
 METHODS: dict[str, Callable[..., Outcome]] = {

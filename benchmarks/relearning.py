@@ -13,14 +13,16 @@ from vdu_peft.demo import demo_samples
 def relearn(task: Task, options: Relearning, forget_class: int) -> list[float]:
     """The class's share of samples by LeNet-5 after each of ``options.steps`` steps on all parameters.
 
-    The task's own model is left as it is.
+    The task's own model is left as it is. A model that never knew the class would learn it from forget images, too:
+    what counts is the difference between methods, and what retained images alone bring back.
     """
     images = {"forget": task.forget, "retain": task.retain}[options.source]
     # Spread over the set, which may lie in the order of its classes.
     images = images[:: len(images) // options.num_images][: options.num_images]
     twin = copy.deepcopy(task.denoiser)
     twin.model.requires_grad_(True)
-    training = replace(task, denoiser=twin, max_train_steps=max(options.steps))
+    # Another seed: who relearns does not have the noise and timesteps that unlearning had.
+    training = replace(task, denoiser=twin, max_train_steps=max(options.steps), seed=task.seed + 104_729)
     shares = []
 
     def measure(step: int) -> None:

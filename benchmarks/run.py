@@ -17,9 +17,9 @@ import platform
 import subprocess
 import sys
 import time
-import traceback
 from dataclasses import asdict
 from importlib import metadata
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
@@ -37,8 +37,9 @@ from vdu_peft.evaluation import evaluate, labelled_grids
 from vdu_peft.metrics import class_shares, pul, pul_interval
 
 
-def run(item: Run, results: Path) -> None:
-    """Forget, sample, judge, write the result and a picture beside it."""
+def run(item: Run, results: Path, threads: int, commit: str) -> None:
+    """Forget, sample, judge, write the result and a picture beside it; in a process of its own."""
+    torch.set_num_threads(threads)
     experiment = item.experiment
     denoiser = base_denoiser()
     images = demo_images(item.forget_class, denoiser)
@@ -52,26 +53,16 @@ def run(item: Run, results: Path) -> None:
         item.seed,
     )
     set_seed(item.seed)
-    start = time.perf_counter()
+    start = time.process_time()
     outcome = METHODS[item.entry.method](task, **item.entry.options)
-    seconds, peak_mib = time.perf_counter() - start, peak_memory_mib()
+    cpu_seconds, peak_mib = time.process_time() - start, peak_memory_mib()
     after = demo_samples(denoiser, experiment.num_samples, item.seed, None)
     report = evaluate(before, after, demo_judge(), item.forget_class, images.reference, images.reference_labels)
     record = {
-        "experiment": experiment.name,
-        "label": item.entry.label,
-        "group": item.entry.group,
-        "method": item.entry.method,
-        "sees": item.entry.sees,
-        "options": item.entry.options,
-        "forget_class": item.forget_class,
-        "seed": item.seed,
-        "forget_images": len(task.forget),
-        "max_train_steps": experiment.max_train_steps,
-        "train_batch_size": experiment.train_batch_size,
+        "spec": item.spec,
         "sampler": f"DDIM, {SAMPLE_STEPS} steps, seed {item.seed + 1}",
         **outcome._asdict(),
-        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "peak_memory_mib": peak_mib,
         "report": asdict(report),
         "lenet": lenet_verdict(before, after, item.forget_class),
@@ -79,7 +70,7 @@ def run(item: Run, results: Path) -> None:
             {**asdict(options), "shares": relearn(task, options, item.forget_class)}
             for options in experiment.relearning
         ],
-        "environment": environment(),
+        "environment": environment(commit),
     }
     file = item.result_file(results)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -118,16 +109,21 @@ def draw_before(item: Run, results: Path) -> None:
         unfinished.replace(file)
 
 
-def environment() -> dict:
-    """What the figures depend on besides the experiment: commit, versions, machine."""
+def code_version() -> str:
+    """The commit, and ``-changed`` where the code that runs is not that of the commit."""
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        command = ["git", "-C", str(Path(__file__).parent.parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no")
+    changed = git("status", "--porcelain", "--", "vdu_peft", "benchmarks/*.py")
+    return git("rev-parse", "--short=12", "HEAD") + ("-changed" if changed else "")
+
+
+def environment(commit: str) -> dict:
+    """What the figures depend on besides the experiment: commit, versions, machine."""
     return {
-        "commit": git("rev-parse", "HEAD") + ("-changed" if changed else ""),
+        "commit": commit,
         "versions": {name: metadata.version(name) for name in ("vdu-peft", "torch", "diffusers", "peft", "accelerate")},
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
@@ -136,15 +132,26 @@ def environment() -> dict:
     }
 
 
-def _worker(work: tuple[Run, Path, int]) -> tuple[str, str | None]:
-    """In a process of its own: the run's name and its error, if any."""
-    item, results, threads = work
-    torch.set_num_threads(threads)
-    try:
-        run(item, results)
-    except Exception:
-        return item.name, traceback.format_exc()
-    return item.name, None
+def run_all(items: list[Run], results: Path, jobs: int) -> list[Run]:
+    """Every run in a process of its own, ``jobs`` at a time; returns those that failed, which say why themselves."""
+    # Spawned: a forked process would share the parent's peak memory and torch's threads.
+    context = multiprocessing.get_context("spawn")
+    # Read once: what is committed while they run is not what they run.
+    arguments = (results, max(1, torch.get_num_threads() // jobs), code_version())
+    waiting, running, failed = list(items), {}, []
+    with tqdm(total=len(items), desc="runs") as bar:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                process = context.Process(target=run, args=(waiting[0], *arguments))
+                process.start()
+                running[process.sentinel] = process, waiting.pop(0)
+            for sentinel in wait(list(running)):
+                process, item = running.pop(sentinel)
+                process.join()
+                if process.exitcode:
+                    failed.append(item)
+                bar.update()
+    return failed
 
 
 def main(argv=None) -> int:
@@ -158,25 +165,19 @@ def main(argv=None) -> int:
     names = args.names or sorted(file.stem for file in args.experiments_dir.glob("*.json"))
     try:
         experiments = [read_experiment(args.experiments_dir / f"{name}.json") for name in names]
+        missing = [item for e in experiments for item in e.runs if item.load(args.results_dir) is None]
     except ExperimentError as error:
         print(error, file=sys.stderr)
         return 2
-    missing = [run for e in experiments for run in e.runs if not run.result_file(args.results_dir).is_file()]
     if args.dry_run:
         print("\n".join(f"{item.experiment.name}/{item.name}" for item in missing))
         return 0
     for item in missing:
         draw_before(item, args.results_dir)
-    threads = max(1, torch.get_num_threads() // args.jobs)
-    work = [(item, args.results_dir, threads) for item in missing]
-    failed = False
-    # Spawned: a forked process would share the parent's peak memory and torch's threads.
-    with multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=1) as pool:
-        for name, error in tqdm(pool.imap_unordered(_worker, work), total=len(work), desc="runs"):
-            if error:
-                failed = True
-                tqdm.write(f"{name} failed:\n{error}", file=sys.stderr)
-    return int(failed)
+    failed = run_all(missing, args.results_dir, args.jobs)
+    for item in failed:
+        print(f"{item.experiment.name}/{item.name} failed", file=sys.stderr)
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@ python -m benchmarks.tables
 """
 
 import argparse
-import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, median
 
-from benchmarks.experiment import EXPERIMENTS, RESULTS, Experiment, ExperimentError, read_experiment
+from benchmarks.experiment import EXPERIMENTS, RESULTS, Entry, Experiment, ExperimentError, read_experiment
 
 # Of a grid the best is what forgets most among those that keep u-FID below this multiple of the base's FID, or, when
 # none does, the one with the lowest u-FID.
@@ -26,16 +26,16 @@ figures on a small model; they reproduce no table of any paper.
 Base model, images and feature network are the demo's (`vdu_peft/assets/mnist`): an unconditional MNIST DDPM of 1.8 M
 parameters, 100 images of each forgotten digit. PUL is the relative drop in the share of samples that a judge calls the
 digit: by LeNet-5, which we did not train, and by the demo's judge. The ratio is u-FID after unlearning (demo judge's
-features, against 2,700 real test images of the other digits) over the base model's FID against all ten digits: 1 is no
-loss of quality. "Least kept" is the smallest share of a retained digit after unlearning relative to before.
+features, against 2,700 real test images of the other digits) over the base model's FID against all ten digits. It counts
+both what is not forgotten and what quality it cost: the untouched base is near 2, a model that lost the digit and nothing
+else near 1. "Least kept" is the smallest share of a retained digit after unlearning relative to before.
 Precision and recall are of the samples against the same real images.
 """
 
 
 def load_results(experiment: Experiment, results: Path) -> list[dict]:
     """The records of the experiment's runs that are there, in the experiment's order."""
-    files = [run.result_file(results) for run in experiment.runs]
-    return [json.loads(file.read_text()) for file in files if file.is_file()]
+    return [record for run in experiment.runs if (record := run.load(results)) is not None]
 
 
 def ratio(record: dict) -> float:
@@ -46,7 +46,9 @@ def least_kept(record: dict) -> float:
     """Smallest share after over share before among the retained classes."""
     report = record["report"]
     pairs = zip(report["histogram_before"], report["histogram_after"], strict=True)
-    return min(after / before for c, (before, after) in enumerate(pairs) if c != record["forget_class"] and before > 0)
+    return min(
+        after / before for c, (before, after) in enumerate(pairs) if c != record["spec"]["forget_class"] and before > 0
+    )
 
 
 COLUMNS: dict[str, tuple[Callable[[dict], float], str]] = {
@@ -69,7 +71,7 @@ def class_table(records: list[dict]) -> list[str]:
     for record in records:
         cells = [form.format(value(record)) for value, form in COLUMNS.values()]
         shares = [f"{record['lenet'][name]:.1%}" for name in ("share_before", "share_after")]
-        first = [str(record["forget_class"]), str(record["seed"]), *shares]
+        first = [str(record["spec"]["forget_class"]), str(record["spec"]["seed"]), *shares]
         rows.append("| " + " | ".join([*first, *cells, record["status"]]) + " |")
     for title, pick in (("mean", lambda values, _: mean(values)), ("worst", _worst)):
         cells = [form.format(pick([value(r) for r in records], name)) for name, (value, form) in COLUMNS.items()]
@@ -81,63 +83,71 @@ def _worst(values: list[float], column: str) -> float:
     return max(values) if column in ("u-FID", "ratio") else min(values)
 
 
-def entry_means(records: list[dict]) -> dict[str, list[dict]]:
-    """Records by label, in their order."""
-    by_label: dict[str, list[dict]] = {}
-    for record in records:
-        by_label.setdefault(record["label"], []).append(record)
-    return by_label
+def by_entry(entries: list[Entry], records: list[dict]) -> dict[Entry, list[dict]]:
+    """Each entry's records; entries without any are left out."""
+    found = {entry: [r for r in records if r["spec"]["label"] == entry.label] for entry in entries}
+    return {entry: records for entry, records in found.items() if records}
 
 
-def best_of_groups(by_label: dict[str, list[dict]]) -> dict[str, list[dict]]:
-    """Of every group of labels the best, see USABLE_RATIO."""
+def best_of_groups(found: dict[Entry, list[dict]]) -> dict[Entry, list[dict]]:
+    """Of every group of entries the best, see USABLE_RATIO."""
 
-    def rank(records: list[dict]) -> tuple:
-        worst, forgotten = mean(map(ratio, records)), mean(r["lenet"]["pul"] for r in records)
+    def rank(entry: Entry) -> tuple:
+        worst, forgotten = mean(map(ratio, found[entry])), mean(r["lenet"]["pul"] for r in found[entry])
+        if not math.isfinite(worst):
+            return False, -math.inf
         return (True, forgotten) if worst <= USABLE_RATIO else (False, -worst)
 
-    groups: dict[str, list[str]] = {}
-    for label, records in by_label.items():
-        groups.setdefault(records[0]["group"], []).append(label)
-    best = [max(labels, key=lambda label: rank(by_label[label])) for labels in groups.values()]
-    return {label: by_label[label] for label in best}
+    groups: dict[str, list[Entry]] = {}
+    for entry in found:
+        groups.setdefault(entry.group, []).append(entry)
+    best = [max(entries, key=rank) for entries in groups.values()]
+    return {entry: found[entry] for entry in best}
 
 
-def method_table(by_label: dict[str, list[dict]], best: set[str]) -> list[str]:
-    """One row per entry, means over its runs, the best of each grid bold."""
+def method_table(found: dict[Entry, list[dict]], best: set[Entry]) -> list[str]:
+    """The untouched base, then one row per entry, means over its runs, the best of each grid bold."""
     rows = [
-        "| entry | sees | runs | " + " | ".join(COLUMNS) + " | trained | s/step | peak MiB | outcome |",
-        "|---" * (len(COLUMNS) + 7) + "|",
+        "| entry | sees | runs | "
+        + " | ".join(COLUMNS)
+        + " | PUL interval | trained | CPU s/step | CPU s | MiB | outcome |",
+        "|---" * (len(COLUMNS) + 9) + "|",
     ]
-    for label, records in by_label.items():
+    # The base is the same in all records of a class.
+    every = [record["report"] for records in found.values() for record in records]
+    untouched = [mean(r["u_fid_before"] for r in every), mean(r["u_fid_before"] / r["fid_before"] for r in every)]
+    rows.append(f"| untouched base | | | 0.0 | 0.0 | {untouched[0]:.1f} | {untouched[1]:.2f} |" + " |" * 9)
+    for entry, records in found.items():
         cells = [form.format(mean(value(r) for r in records)) for value, form in COLUMNS.values()]
-        name = f"**{label}**" if label in best else label
-        steps = [r["training_seconds"] / r["steps"] for r in records if r["steps"]]
+        name = f"**{entry.label}**" if entry in best else entry.label
+        low, high = (mean(r["lenet"]["pul_interval"][end] for r in records) for end in (0, 1))
         cost = [
+            f"{low:.0f} to {high:.0f}",
             f"{records[0]['trained_parameters']:,}",
-            f"{median(steps):.2f}" if steps else "",
+            f"{median(r['step_cpu_seconds'] for r in records):.2f}",
+            f"{median(r['cpu_seconds'] for r in records):,.0f}",
             f"{median(r['peak_memory_mib'] for r in records):,.0f}",
             ", ".join(sorted({r["status"] for r in records})),
         ]
-        rows.append("| " + " | ".join([name, records[0]["sees"], str(len(records)), *cells, *cost]) + " |")
+        rows.append("| " + " | ".join([name, entry.sees, str(len(records)), *cells, *cost]) + " |")
     return rows
 
 
-def frontier_plot(by_label: dict[str, list[dict]], file: Path) -> None:
+def frontier_plot(found: dict[Entry, list[dict]], file: Path) -> None:
     """PUL against the u-FID ratio: better is up and left."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for label, records in by_label.items():
+    for entry, records in found.items():
         x, y = mean(map(ratio, records)), mean(r["lenet"]["pul"] for r in records)
-        axes.plot(x, y, "o", color="tab:red" if records[0]["method"] == "vdu_peft" else "tab:blue")
-        axes.annotate(label, (x, y), textcoords="offset points", xytext=(4, 3), fontsize=7)
+        axes.plot(x, y, "o", color="tab:red" if entry.method == "vdu_peft" else "tab:blue")
+        axes.annotate(entry.label, (x, y), textcoords="offset points", xytext=(4, 3), fontsize=7)
     axes.set(xscale="log", xlabel="u-FID after / FID of the base (log)", ylabel="PUL by LeNet-5 (%)")
     figure.savefig(file, dpi=100)
 
 
-def relearning_tables(experiment: Experiment, by_label: dict[str, list[dict]]) -> list[str]:
+def relearning_tables(experiment: Experiment, found: dict[Entry, list[dict]]) -> list[str]:
     """One table per way of fine-tuning: the class's share of samples as it goes on, means over the runs."""
     lines = []
     for number, options in enumerate(experiment.relearning):
@@ -145,22 +155,22 @@ def relearning_tables(experiment: Experiment, by_label: dict[str, list[dict]]) -
             f"Relearning: all parameters fine-tuned on {options.num_images} {options.source} images (Adam, learning "
             f"rate {options.learning_rate:g}, batch {experiment.train_batch_size}); the class's share of "
             f"{options.num_samples} samples by LeNet-5. The base model's share is "
-            f"{mean(r['lenet']['share_before'] for rs in by_label.values() for r in rs):.1%}.",
+            f"{mean(r['lenet']['share_before'] for records in found.values() for r in records):.1%}.",
             "",
             "| entry | before | " + " | ".join(f"{step} steps" for step in options.steps) + " |",
             "|---" * (len(options.steps) + 2) + "|",
         ]
-        for label, records in by_label.items():
+        for entry, records in found.items():
             shares = [[r["lenet"]["share_after"], *r["relearning"][number]["shares"]] for r in records]
             cells = [f"{mean(column):.1%}" for column in zip(*shares, strict=True)]
-            lines.append("| " + " | ".join([label, *cells]) + " |")
+            lines.append("| " + " | ".join([entry.label, *cells]) + " |")
         lines.append("")
     return lines
 
 
 def section(experiment: Experiment, records: list[dict], folder: Path) -> list[str]:
     """One experiment: how it was run, its table, and its frontier when it compares methods."""
-    environments = sorted({(r["environment"]["commit"][:12], r["environment"]["machine"]) for r in records})
+    environments = sorted({(r["environment"]["commit"], r["environment"]["machine"]) for r in records})
     threads = sorted({r["environment"]["threads"] for r in records})
     versions = records[-1]["environment"]["versions"]
     lines = [
@@ -175,21 +185,21 @@ def section(experiment: Experiment, records: list[dict], folder: Path) -> list[s
         f"diffusers {versions['diffusers']}.",
         "",
     ]
-    by_label = entry_means(records)
+    found = by_entry(experiment.entries, records)
     if len(experiment.entries) == 1:
-        return [*lines, *class_table(records), "", *relearning_tables(experiment, by_label)]
-    best = best_of_groups(by_label)
+        return [*lines, *class_table(records), "", *relearning_tables(experiment, found)]
+    best = best_of_groups(found)
     frontier_plot(best, folder / f"{experiment.name}.png")
     lines += [
         f"Bold is the best of its grid: the highest PUL at a ratio of at most {USABLE_RATIO:g}, or else the lowest "
         "ratio. The plot shows the bold ones.",
         "",
-        *method_table(by_label, set(best)),
+        *method_table(found, set(best)),
         "",
         f"![PUL against u-FID]({experiment.name}.png)",
         "",
     ]
-    return [*lines, *relearning_tables(experiment, by_label)]
+    return [*lines, *relearning_tables(experiment, found)]
 
 
 def main(argv=None) -> int:

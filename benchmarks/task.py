@@ -36,4 +36,4 @@ class Outcome(NamedTuple):
     status: str
     steps: int
     trained_parameters: int
-    training_seconds: float  # of the steps alone: replay, Fisher information and checkpoints are not in it
+    step_cpu_seconds: float  # CPU time of one step; replay, Fisher information and checkpoints are not in it

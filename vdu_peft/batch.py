@@ -38,8 +38,8 @@ def draw_batch(
     """
     batch_size = config.train_batch_size
     total = batch_size * accelerator.num_processes
-    forget = torch.stack([forget_set[i] for i in _draw_indices(len(forget_set), total)])
-    replay_indices = _draw_indices(len(replay), total)
+    forget = torch.stack([forget_set[i] for i in draw_indices(len(forget_set), total)])
+    replay_indices = draw_indices(len(replay), total)
     images = torch.stack([forget, replay[replay_indices]])  # (2, total, C, H, W)
     noise = torch.randn(images.shape)
     num_timesteps = denoiser.num_train_timesteps
@@ -57,7 +57,7 @@ def draw_batch(
     return Batch(*(t[:, share].flatten(0, 1).to(accelerator.device) for t in drawn))
 
 
-def _draw_indices(size: int, count: int) -> list[int]:
+def draw_indices(size: int, count: int) -> list[int]:
     """``count`` indices without repetition as long as the set lasts, then again."""
     rounds = -(-count // size)
     return torch.cat([torch.randperm(size) for _ in range(rounds)])[:count].tolist()

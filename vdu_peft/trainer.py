@@ -149,7 +149,7 @@ def unlearn(
             # Every step has its own seed, so that a resumed run draws what the uninterrupted one would have.
             set_seed((config.seed * 1_000_003 + step) % 2**32)
             for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * _lr_factor(step, config.max_train_steps)
+                group["lr"] = config.learning_rate * lr_factor(step, config.max_train_steps)
             terms: dict[str, torch.Tensor] = {}
             for _ in range(config.gradient_accumulation_steps):
                 batch = draw_batch(forget_set, replay, replay_labels, config, denoiser, accelerator)
@@ -202,7 +202,7 @@ def unlearn(
     )
 
 
-def _lr_factor(step: int, max_train_steps: int) -> float:
+def lr_factor(step: int, max_train_steps: int) -> float:
     """Linear warmup over a tenth of the run, then linear decay; of the step alone, so that resuming needs no state.
 
     Without the warmup Adam's first full steps, on a posterior mean of 0, can move the model by more than its error.

@@ -2,7 +2,8 @@
 
 min ℓ(retain) subject to the forget loss f = ‖ε_θ(x_t) − ε'‖², ε' noise that has nothing to do with x_t, being at its
 minimum. First-order, as in the bilevel method it builds on (Liu et al. 2022): the step is ∇ℓ + λ ∇f with
-λ = max(0, eta − ⟨∇ℓ, ∇f⟩ / ‖∇f‖²), which lowers f at the rate of eta at least. Adam takes the step.
+λ = max(0, eta − ⟨∇ℓ, ∇f⟩ / ‖∇f‖²), which lowers f at the rate of eta at least. Adam takes the step. ε' is uniform on
+[0, 1], as theirs; x_t keeps its own Gaussian noise.
 """
 
 import torch
@@ -16,7 +17,6 @@ def erasediff(task: Task, learning_rate: float, eta: float, retain: str) -> Outc
 
     def gradient() -> Gradients:
         forget = draw(task.forget, task)
-        # Uniform, as in the paper's implementation.
         forgetting = gradients(loss(task, forget, torch.rand_like(forget.noise)), task)
         retaining = gradients(loss(task, draw(images, task)), task)
         return constrained(retaining, forgetting, eta)

@@ -8,9 +8,11 @@ import torch
 from accelerate.utils import set_seed
 
 from benchmarks.task import Outcome, Task
+from vdu_peft.batch import draw_indices
 from vdu_peft.config import UnlearnConfig
 from vdu_peft.objective import denoising_loss
 from vdu_peft.replay import generate_replay
+from vdu_peft.trainer import lr_factor
 
 Gradients = Sequence[torch.Tensor]
 
@@ -26,7 +28,8 @@ class Noisy(NamedTuple):
 
 def draw(images: torch.Tensor, task: Task) -> Noisy:
     """A batch of the images at uniform timesteps."""
-    batch = images[torch.randint(len(images), (task.train_batch_size,))].to(task.denoiser.device)
+    indices = draw_indices(len(images), task.train_batch_size)
+    batch = images[indices].to(task.denoiser.device)
     noise = torch.randn_like(batch)
     timesteps = torch.randint(task.denoiser.num_train_timesteps, (len(batch),), device=batch.device)
     return Noisy(batch, noise, timesteps, task.denoiser.add_noise(batch, noise, timesteps))
@@ -70,6 +73,8 @@ def finetune(
 ) -> Outcome:
     """Adam on all parameters for the task's steps, along what ``gradient`` returns.
 
+    Warmup, decay and gradient clipping are those of our own trainer.
+
     Stops at the first gradient that is not finite and leaves the model as it was before it.
 
     Args:
@@ -77,17 +82,19 @@ def finetune(
     """
     trained = parameters(task)
     optimizer = torch.optim.Adam(trained, lr=learning_rate)
-    status, start, step = "done", time.perf_counter(), 0
+    status, steps, start = "done", 0, time.process_time()
     for step in range(task.max_train_steps):
-        set_seed(task.seed * 1_000_003 + step)
+        set_seed((task.seed * 1_000_003 + step) % 2**32)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * lr_factor(step, task.max_train_steps)
         for parameter, grad in zip(trained, gradient(), strict=True):
             parameter.grad = grad
-        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(trained, UnlearnConfig.max_grad_norm)
         if not torch.isfinite(norm):
             status = "not finite"
             break
         optimizer.step()
-        callback(step + 1)
-    else:
-        step += 1
-    return Outcome(status, step, sum(p.numel() for p in trained), time.perf_counter() - start)
+        steps = step + 1
+        callback(steps)
+    seconds = (time.process_time() - start) / max(steps, 1)
+    return Outcome(status, steps, sum(p.numel() for p in trained), seconds)

@@ -1,7 +1,9 @@
 """Ascent on the weights that matter most to the forget images: SalUn (Fan et al. 2024, arXiv 2310.12508).
 
-The mask is the half of all weights with the largest gradient of the forget loss at the base model. ``retain`` adds the
-denoising loss of retained images: ``none``, the model's own ``replay``, or ``real`` ones.
+The paper's generator unlearning trains a forgotten condition toward another one's prediction, which an unconditional
+model has not; this is its ascent variant. The mask is the half of all weights with the largest gradient of the forget
+loss at the base model. ``retain`` adds the denoising loss of retained images: ``none``, the model's own ``replay``, or
+``real`` ones.
 """
 
 import torch

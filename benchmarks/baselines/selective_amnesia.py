@@ -2,7 +2,9 @@
 
 loss = −ℓ(forget) + fisher_weight · Σ_i F_i (θ_i − θ*_i)² / 2 + ℓ(replay), F the diagonal Fisher information of the
 denoising loss on the replay images. Their surrogate for the first term is a distribution under the forgotten
-condition, and an unconditional model has none: the likelihood itself is lowered, as in their equation before it.
+condition, and an unconditional model has none: the likelihood itself is lowered, as in their equation before it. F is
+of a loss averaged over an image's elements at one timestep, theirs of one summed over elements and timesteps: the same
+strength takes a larger ``fisher_weight`` here.
 """
 
 import torch

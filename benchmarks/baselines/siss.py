@@ -1,8 +1,8 @@
 """Subtracted importance-sampled scores: SISS (Alberti, Hasanaliyev, Shah, Ermon 2025, arXiv 2503.01034).
 
 One noisy image m, drawn from the even mixture of a retained image's and a forget image's noised distributions, serves
-both losses by importance weights. The forget loss is subtracted, its gradient scaled to ``forget_share`` of the
-retained one's norm. It sees real retained images: the upper reference.
+both losses by importance weights. The forget loss is subtracted, its gradient scaled in every step to ``forget_share``
+of the retained one's norm (theirs is tuned to about a tenth). It sees real retained images: the upper reference.
 """
 
 import torch
@@ -23,12 +23,13 @@ def siss(task: Task, learning_rate: float, forget_share: float) -> Outcome:
 
 def importance_losses(task: Task) -> tuple[torch.Tensor, torch.Tensor]:
     """Unbiased estimates of the retained and the forget images' denoising loss, from one mixture sample each."""
-    retain, forget = draw(task.retain, task), draw(task.forget, task)
+    retain = draw(task.retain, task)
+    forget_images = draw(task.forget, task).images
     alpha_bar = task.denoiser.scheduler.alphas_cumprod.to(retain.images.device)[retain.timesteps]
     scale, std = (v.view(-1, 1, 1, 1) for v in (alpha_bar.sqrt(), (1 - alpha_bar).sqrt()))
     from_retain = (torch.rand(len(alpha_bar), device=std.device) < 0.5).view(-1, 1, 1, 1)
-    mixed = scale * torch.where(from_retain, retain.images, forget.images) + std * retain.noise
-    noises = [(mixed - scale * images) / std for images in (retain.images, forget.images)]
+    mixed = scale * torch.where(from_retain, retain.images, forget_images) + std * retain.noise
+    noises = [(mixed - scale * images) / std for images in (retain.images, forget_images)]
     # q(m|x) ∝ exp(−‖m − √ᾱ x‖² / 2σ²) = exp(−‖noise‖² / 2)
     log_density = torch.stack([-noise.square().flatten(1).sum(1) / 2 for noise in noises])
     weights = 2 * log_density.softmax(0)  # q_i / (½ q_retain + ½ q_forget)

@@ -1,8 +1,10 @@
 """Variational Diffusion Unlearning as the paper states it: all parameters, quadratic in parameter space.
 
-loss = (1 - gamma) · A + gamma · B, A minus the forget images' denoising loss, B = Σ_i (θ_i − μ*_i)² / (2 σ*_i²)
-(arXiv 2510.04058). The paper takes σ* from checkpoints of the pre-training. Ours were not kept, so the checkpoints
-come from going on with it on the real images, forgotten and retained: more than our method may see.
+loss = (1 - gamma) · A + gamma · B / (N_forget · D), A minus the forget images' denoising loss per element,
+B = Σ_i (θ_i − μ*_i)² / (2 σ*_i²) (arXiv 2510.04058). B is divided as our own KL is: beside a mean over elements the
+bare sum over all weights lets none of them move. μ* is the base model. The paper takes σ* from checkpoints of the
+pre-training. Ours were not kept, so they come from going on with it, a short way, on the real images, forgotten and
+retained: more than our method may see.
 """
 
 import copy
@@ -23,16 +25,19 @@ def _run(task: Task, learning_rate: float, gamma: float, variance: list[torch.Te
 
     def gradient() -> Gradients:
         ascent = gradients(-loss(task, draw(task.forget, task)), task)
-        return weighted(ascent, [p.detach() for p in parameters(task)], mean, variance, gamma)
+        return weighted(ascent, [p.detach() for p in parameters(task)], mean, variance, gamma, task.forget.numel())
 
     return finetune(task, learning_rate, gradient)
 
 
 def weighted(
-    ascent: Gradients, weights: Gradients, mean: Gradients, variance: Gradients, gamma: float
+    ascent: Gradients, weights: Gradients, mean: Gradients, variance: Gradients, gamma: float, elements: int
 ) -> list[torch.Tensor]:
-    """(1 − gamma) ∇A + gamma ∇B, the quadratic's gradient (θ − μ*) / σ*² in closed form."""
-    return [(1 - gamma) * a + gamma * (w - m) / v for a, w, m, v in zip(ascent, weights, mean, variance, strict=True)]
+    """(1 − gamma) ∇A + gamma ∇B / elements, the quadratic's gradient (θ − μ*) / σ*² in closed form."""
+    return [
+        (1 - gamma) * a + gamma / elements * (w - m) / v
+        for a, w, m, v in zip(ascent, weights, mean, variance, strict=True)
+    ]
 
 
 def isotropic(task: Task, learning_rate: float, gamma: float, std: float) -> Outcome:
