@@ -26,9 +26,9 @@ figures on a small model; they reproduce no table of any paper.
 Base model, images and feature network are the demo's (`vdu_peft/assets/mnist`): an unconditional MNIST DDPM of 1.8 M
 parameters, 100 images of each forgotten digit. PUL is the relative drop in the share of samples that a judge calls the
 digit: by LeNet-5, which we did not train, and by the demo's judge. The ratio is u-FID after unlearning (demo judge's
-features, against 2,700 real test images of the other digits) over the base model's FID against all ten digits. It counts
-both what is not forgotten and what quality it cost: the untouched base is near 2, a model that lost the digit and nothing
-else near 1. "Least kept" is the smallest share of a retained digit after unlearning relative to before.
+features, against 2,700 real test images of the other digits) over the base model's FID against all ten digits. It
+counts both what is not forgotten and what quality it cost: the untouched base is near 2, a model that lost the digit
+and nothing else near 1. "Least kept" is the smallest share of a retained digit after unlearning relative to before.
 Precision and recall are of the samples against the same real images.
 """
 
@@ -44,11 +44,9 @@ def ratio(record: dict) -> float:
 
 def least_kept(record: dict) -> float:
     """Smallest share after over share before among the retained classes."""
-    report = record["report"]
+    report, forgotten = record["report"], record["spec"]["forget_class"]
     pairs = zip(report["histogram_before"], report["histogram_after"], strict=True)
-    return min(
-        after / before for c, (before, after) in enumerate(pairs) if c != record["spec"]["forget_class"] and before > 0
-    )
+    return min(after / before for c, (before, after) in enumerate(pairs) if c != forgotten and before > 0)
 
 
 COLUMNS: dict[str, tuple[Callable[[dict], float], str]] = {
@@ -107,16 +105,12 @@ def best_of_groups(found: dict[Entry, list[dict]]) -> dict[Entry, list[dict]]:
 
 def method_table(found: dict[Entry, list[dict]], best: set[Entry]) -> list[str]:
     """The untouched base, then one row per entry, means over its runs, the best of each grid bold."""
-    rows = [
-        "| entry | sees | runs | "
-        + " | ".join(COLUMNS)
-        + " | PUL interval | trained | CPU s/step | CPU s | MiB | outcome |",
-        "|---" * (len(COLUMNS) + 9) + "|",
-    ]
+    names = ["entry", "sees", "runs", *COLUMNS, "PUL interval", "trained", "CPU s/step", "CPU s", "MiB", "outcome"]
+    rows = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     # The base is the same in all records of a class.
     every = [record["report"] for records in found.values() for record in records]
     untouched = [mean(r["u_fid_before"] for r in every), mean(r["u_fid_before"] / r["fid_before"] for r in every)]
-    rows.append(f"| untouched base | | | 0.0 | 0.0 | {untouched[0]:.1f} | {untouched[1]:.2f} |" + " |" * 9)
+    rows.append(f"| untouched base | | | 0.0 | 0.0 | {untouched[0]:.1f} | {untouched[1]:.2f}" + " |" * (len(names) - 6))
     for entry, records in found.items():
         cells = [form.format(mean(value(r) for r in records)) for value, form in COLUMNS.values()]
         name = f"**{entry.label}**" if entry in best else entry.label

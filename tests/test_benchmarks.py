@@ -1,18 +1,24 @@
 """The baselines' mathematics on small sizes, and one small experiment from its file to its table."""
 
 import json
+import os
+import signal
+from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import DDPMScheduler
 from torch import nn
 
-from benchmarks import experiment, run, tables
-from benchmarks.baselines import erasediff, gradient_ascent, salun, selective_amnesia, siss, vdu
+from benchmarks import run, tables
+from benchmarks.baselines import erasediff, salun, selective_amnesia, siss, vdu
 from benchmarks.baselines.finetune import draw, finetune, gradients, loss, parameters
-from benchmarks.experiment import EXPERIMENTS, read_experiment
+from benchmarks.experiment import EXPERIMENTS, Entry, read_experiment
+from benchmarks.methods import METHODS
 from benchmarks.task import Task
+from vdu_peft.config import UnlearnConfig, VDUConfig
 from vdu_peft.denoiser import Denoiser
+from vdu_peft.trainer import lr_factor
 
 
 class Scaled(nn.Module):
@@ -29,10 +35,14 @@ class Scaled(nn.Module):
 
 @pytest.fixture
 def task():
+    """Forget and retained images that differ, and a model that knows both."""
     denoiser = Denoiser(Scaled(), DDPMScheduler(), image_size=(2, 2), channels=1)
-    generator = torch.Generator().manual_seed(0)
-    forget, retain = torch.rand(2, 6, 1, 2, 2, generator=generator) * 2 - 1
-    return Task(denoiser, forget, retain, max_train_steps=3, train_batch_size=4, seed=0)
+    noise = 0.1 * torch.randn(2, 6, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    task = Task(denoiser, noise[0] + 0.8, noise[1] - 0.2, max_train_steps=3, train_batch_size=4, seed=0)
+    training = replace(task, max_train_steps=300)
+    both = torch.cat([task.forget, task.retain])
+    finetune(training, 1e-2, lambda: gradients(loss(training, draw(both, training)), training))
+    return task
 
 
 def flat(tensors):
@@ -40,28 +50,64 @@ def flat(tensors):
 
 
 def test_finetune_takes_adam_steps_along_the_gradient(task):
-    """Adam's first steps along a constant gradient are of the learning rate's size, against its sign."""
+    """Adam's steps along a constant gradient are of the learning rate's size, against its sign."""
     before = flat(parameters(task)).detach().clone()
     outcome = finetune(task, 1e-2, lambda: [torch.ones(1, 2, 2), -torch.ones(1, 2, 2)])
-    torch.testing.assert_close(flat(parameters(task)) - before, torch.tensor([-0.03] * 4 + [0.03] * 4))
-    assert (outcome.status, outcome.steps, outcome.trained_parameters) == ("done", 3, 8)
+    distance = 1e-2 * sum(lr_factor(step, 3) for step in range(3))
+    torch.testing.assert_close(flat(parameters(task)) - before, torch.tensor([-distance] * 4 + [distance] * 4))
+    assert outcome[:3] == ("done", 3, 8)
 
 
 def test_finetune_stops_before_a_gradient_that_is_not_finite(task):
-    calls = iter([1.0, float("nan")])
+    before, calls = parameters(task)[0].detach().clone(), iter([1.0, float("nan")])
     outcome = finetune(task, 1e-2, lambda: [torch.full((1, 2, 2), next(calls)), torch.zeros(1, 2, 2)])
-    assert (outcome.status, outcome.steps) == ("not finite", 1)
-    torch.testing.assert_close(parameters(task)[0], torch.full((1, 2, 2), 0.49))
+    assert outcome[:2] == ("not finite", 1)
+    torch.testing.assert_close(parameters(task)[0], before - 0.01)
 
 
-def test_gradient_ascent_raises_the_forget_loss(task):
+ENTRIES = {e.label: e for file in sorted(EXPERIMENTS.glob("*.json")) for e in read_experiment(file).entries}
+
+
+# One entry of each kind: its others differ in strength.
+KINDS = {(e.method, e.options.get("retain", "none")): e for e in ENTRIES.values() if e.method != "vdu_peft"}
+
+
+@pytest.mark.parametrize(("method", "retain"), sorted(KINDS))
+def test_every_baseline_of_an_experiment_forgets(task, method, retain):
+    """Its committed options, but a learning rate that shows in a few steps: the forget loss rises, and of methods that
+    retain it rises against the retained one."""
+    entry = KINDS[method, retain]
+    # The quadratic in parameter space holds so small a model close.
+    learning_rate = 1e-3 if method.startswith("vdu") else 1e-2
+    retains = method in ("siss", "selective_amnesia") or retain != "none"
+    task = replace(task, max_train_steps=40)
+
     def held_out_loss():
         torch.manual_seed(1)
-        return sum(loss(task, draw(task.forget, task)).item() for _ in range(50))
+        forget, retain = (
+            sum(loss(task, draw(images, task)).item() for _ in range(100)) for images in (task.forget, task.retain)
+        )
+        return forget - retain if retains else forget
 
     before = held_out_loss()
-    gradient_ascent.gradient_ascent(task, 1e-2)
-    assert held_out_loss() > before
+    outcome = METHODS[method](task, **{**entry.options, "learning_rate": learning_rate})
+    assert outcome[:2] == ("done", 40) and held_out_loss() > before
+
+
+@pytest.mark.parametrize("label", sorted(label for label, e in ENTRIES.items() if e.method == "vdu_peft"))
+def test_every_run_of_ours_has_options_that_exist(label):
+    options = dict(ENTRIES[label].options)
+    VDUConfig(target_modules=["x"], **options.pop("adapter", {}))
+    UnlearnConfig(**options)
+
+
+def test_salun_leaves_what_is_not_salient(task):
+    before = flat(parameters(task)).detach().clone()
+    torch.manual_seed(0)
+    mask = flat(salun.saliency_mask(task))
+    torch.manual_seed(0)
+    salun.salun(task, 1e-2, retain="real")
+    assert torch.equal(flat(parameters(task)) != before, mask.bool())
 
 
 def test_erasediff_lowers_the_forget_loss_at_the_rate_of_eta():
@@ -76,12 +122,13 @@ def test_siss_estimates_both_losses_without_bias(task):
     """The importance-weighted estimates have the mean of the plain losses; compared in standard errors."""
     torch.manual_seed(0)
     with torch.no_grad():
-        mixture = torch.tensor([siss.importance_losses(task) for _ in range(4000)])
+        mixture = torch.tensor([siss.importance_losses(task) for _ in range(2000)])
         plain = torch.tensor(
-            [[loss(task, draw(images, task)) for images in (task.retain, task.forget)] for _ in range(4000)]
+            [[loss(task, draw(images, task)) for images in (task.retain, task.forget)] for _ in range(2000)]
         )
-    error = ((mixture.var(0) + plain.var(0)) / 4000).sqrt()
+    error = ((mixture.var(0) + plain.var(0)) / 2000).sqrt()
     assert ((mixture.mean(0) - plain.mean(0)).abs() < 4 * error).all()
+    assert (mixture.mean(0) - plain.mean(0).flip(0)).abs().min() > 4 * error.max()  # and not the other way round
 
 
 def test_siss_scales_the_subtracted_gradient():
@@ -90,12 +137,13 @@ def test_siss_scales_the_subtracted_gradient():
 
 
 def test_salun_masks_the_half_of_least_gradient(task):
+    torch.manual_seed(1)
     mask = salun.saliency_mask(task)
     torch.manual_seed(0)
     total = sum(flat(gradients(loss(task, draw(task.forget, task)), task)) for _ in range(5000))
-    # Over many batches the bias's mean gradient is nearly 0, the weight's is not: the mask must be the weights.
-    assert total[:4].abs().min() > total[4:].abs().max()
-    assert torch.equal(flat(mask), torch.tensor([1.0] * 4 + [0.0] * 4))
+    # The order of the mean gradients' sizes over many batches; the mask, of few, must agree on the clear ones.
+    order = total.abs().argsort(descending=True)
+    assert flat(mask)[order[:2]].all() and not flat(mask)[order[-2:]].any() and flat(mask).sum() == 4
 
 
 def test_fisher_is_the_mean_squared_gradient_of_single_images(task):
@@ -103,10 +151,11 @@ def test_fisher_is_the_mean_squared_gradient_of_single_images(task):
     information = selective_amnesia.fisher(task, task.retain)
     torch.manual_seed(0)
     single = Task(task.denoiser, task.retain, task.retain, 0, 1, 0)
+    weight, bias = parameters(task)
     expected = torch.zeros(8)
     for _ in range(selective_amnesia.FISHER_SAMPLES):
         batch = draw(single.retain, single)
-        error = (0.5 * batch.x_t - batch.noise)[0, 0]
+        error = (weight * batch.x_t + bias - batch.noise)[0, 0].detach()
         # loss = mean over 4 elements of (w x + b − ε)²
         expected += flat([(error * batch.x_t[0, 0] / 2).square(), (error / 2).square()])
     torch.testing.assert_close(flat(information), expected / selective_amnesia.FISHER_SAMPLES)
@@ -125,27 +174,22 @@ def test_vdu_gradient_is_that_of_the_paper_s_loss():
     weight = torch.tensor([0.3, -0.2], dtype=torch.float64, requires_grad=True)
     mean, variance = torch.tensor([0.1, 0.1]).double(), torch.tensor([0.5, 2.0]).double()
     ascent = -weight.square().sum()
-    value = 0.7 * ascent + 0.3 * ((weight - mean).square() / (2 * variance)).sum()
+    value = 0.7 * ascent + 0.3 * ((weight - mean).square() / (2 * variance)).sum() / 5
     expected = torch.autograd.grad(value, weight, retain_graph=True)
     given = torch.autograd.grad(ascent, weight)
-    torch.testing.assert_close(tuple(vdu.weighted(given, [weight.detach()], [mean], [variance], 0.3)), expected)
-
-
-def test_every_committed_experiment_is_readable():
-    files = sorted(EXPERIMENTS.glob("*.json"))
-    assert files
-    for file in files:
-        assert read_experiment(file).runs
+    torch.testing.assert_close(tuple(vdu.weighted(given, [weight.detach()], [mean], [variance], 0.3, 5)), expected)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"title": None}, "missing"),
-        ({"extra": 1}, "unknown"),
+        ({"title": None}, "missing ['title']"),
+        ({"extra": 1}, "unknown ['extra']"),
         ({"methods": [{"label": "a", "method": "none", "sees": ""}]}, "unknown method"),
         ({"methods": [{"label": "a/b", "method": "siss", "sees": ""}]}, "label"),
         ({"methods": [{"label": "a", "method": "siss", "sees": ""}] * 2}, "same label"),
+        ({"methods": [{"method": "siss", "sees": ""}]}, "'label'"),
+        ({"relearning": [{"source": "forget"}]}, "num_images"),
     ],
 )
 def test_bad_experiment_is_one_clear_error(tmp_path, capsys, change, message):
@@ -189,9 +233,9 @@ def test_small_experiment_runs_once_and_becomes_a_table(tmp_path, capsys):
     assert [file.stat().st_mtime_ns for file in files] == times
     record = json.loads(files[0].read_text())
     assert record["steps"] == 2 and record["trained_parameters"] == 1_805_121
-    assert record["peak_memory_mib"] > 100
     assert sum(record["report"]["histogram_after"]) == pytest.approx(1)
-    assert len(record["environment"]["commit"]) >= 40
+    assert len(record["relearning"][0]["shares"]) == 2
+    assert len(record["environment"]["commit"]) >= 12
 
     assert tables.main([*folders, f"--output_dir={tmp_path}"]) == 0
     text = (tmp_path / "README.md").read_text()
@@ -199,24 +243,42 @@ def test_small_experiment_runs_once_and_becomes_a_table(tmp_path, capsys):
     assert "| ours | " in text.partition("Relearning")[2]
     assert (tmp_path / "small.png").is_file()
 
+    # Results of other options are neither taken for these nor shown as these.
+    (tmp_path / "small.json").write_text(json.dumps({**content, "num_samples": 30}))
+    assert run.main(["small", *folders]) == 2
+    assert "of another num_samples than the experiment" in capsys.readouterr().err
+    assert tables.main(folders) == 2
+    assert "of another num_samples than the experiment" in capsys.readouterr().err
+
+
+def test_a_run_that_dies_is_told_and_the_others_go_on(tmp_path, monkeypatch):
+    """The process is killed, as for lack of memory."""
+    content = {**json.loads((EXPERIMENTS / "mnist-digits.json").read_text()), "forget_classes": [1, 2, 3]}
+    (tmp_path / "small.json").write_text(json.dumps(content))
+    monkeypatch.setattr(run, "run", dies_on_two)
+    items = read_experiment(tmp_path / "small.json").runs
+    assert run.run_all(items, tmp_path, jobs=1) == [items[1]]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["1", "3", "small.json"]
+
+
+def dies_on_two(item, results, threads, commit):
+    if item.forget_class == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    (results / str(item.forget_class)).touch()
+
 
 def test_tables_take_the_best_of_a_grid():
-    def record(label, ratio, pul):
-        return {
-            "label": label,
-            "group": "grid",
-            "lenet": {"pul": pul},
-            "report": {"u_fid_after": ratio, "fid_before": 1.0},
-        }
+    def best(**figures):
+        found = {}
+        for label, (ratio, pul) in figures.items():
+            record = {"lenet": {"pul": pul}, "report": {"u_fid_after": ratio, "fid_before": 1.0}}
+            found[Entry(label, "siss", "", {}, "grid")] = [record]
+        return [entry.label for entry in tables.best_of_groups(found)]
 
-    def best(*records):
-        return list(tables.best_of_groups({r["label"]: [r] for r in records}))
-
-    assert best(record("weak", 1.0, 50.0), record("good", 1.5, 90.0), record("ruin", 9.0, 100.0)) == ["good"]
-    assert best(record("bad", 5.0, 50.0), record("ruin", 9.0, 100.0)) == ["bad"]
+    assert best(weak=(1.0, 50.0), good=(1.5, 90.0), ruin=(9.0, 100.0)) == ["good"]
+    assert best(bad=(5.0, 50.0), ruin=(9.0, 100.0), broken=(float("nan"), 100.0)) == ["bad"]
 
 
 def test_least_kept_ignores_the_forgotten_class():
     report = {"histogram_before": [0.5, 0.25, 0.25, 0.0], "histogram_after": [0.0, 0.5, 0.1, 0.4]}
-    assert tables.least_kept({"forget_class": 0, "report": report}) == pytest.approx(0.4)
-    assert experiment.RESULTS.name == "results"
+    assert tables.least_kept({"spec": {"forget_class": 0}, "report": report}) == pytest.approx(0.4)
