@@ -85,6 +85,18 @@ def test_a_concept_of_a_text_to_image_model(tmp_path, pictures, pipeline_folder,
     assert "not a readable text file of prompts" in capsys.readouterr().err
     assert main([*command, *prompts, f"--retain_prompts={tmp_path / 'retain.txt'}"]) in (0, 1)
     assert "after 3 steps" in capsys.readouterr().out
+    assert main([*command, "--overwrite", "--caption_column=text"]) == 2
+    assert "no metadata.csv or metadata.jsonl there" in capsys.readouterr().err
+    names = sorted(file.relative_to(pictures).as_posix() for file in pictures.rglob("*.png"))
+    rows = "".join(f"{name},a sword of {name}\n" for name in names)
+    (pictures / "metadata.csv").write_text(f"file_name,text\n{rows}")
+    assert main([*command, "--overwrite", "--caption_column=text", *prompts]) == 2
+    assert "forget_prompt: caption_column gives each image its own" in capsys.readouterr().err
+    assert main([*command, "--overwrite", "--caption_column=text", "--forget_class=1"]) == 2
+    assert "forget_class: a text-to-image model's classes are prompts" in capsys.readouterr().err
+    assert main([*command, "--overwrite", "--caption_column=text", "--dry_run"]) == 0
+    assert main([*command, "--overwrite", "--caption_column=text"]) in (0, 1)
+    assert "after 3 steps" in capsys.readouterr().out
     grid, adapter = tmp_path / "grid.png", f"--adapter={out / 'adapter'}"
     sample = ["sample", model, adapter, "--num_images=2", "--num_inference_steps=2", f"--output_file={grid}"]
     assert main([*sample, "--prompt", "a sword", "a cat"]) == 0

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -35,12 +37,12 @@ def test_npz_labels_by_number_and_by_name(tmp_path):
 
 
 def test_hub_dataset_through_a_local_parquet_folder(tmp_path, monkeypatch):
-    from datasets import ClassLabel, Dataset, Features
+    from datasets import ClassLabel, Dataset, Features, Value
     from datasets import Image as ImageFeature
 
     dataset = Dataset.from_dict(
-        {"img": [Image.new("L", (8, 8), v) for v in (0, 100, 200)], "digit": [0, 1, 1]},
-        features=Features({"img": ImageFeature(), "digit": ClassLabel(names=["zero", "one"])}),
+        {"img": [Image.new("L", (8, 8), v) for v in (0, 100, 200)], "digit": [0, 1, 1], "says": [*"abc"]},
+        features=Features({"img": ImageFeature(), "digit": ClassLabel(names=["zero", "one"]), "says": Value("string")}),
     )
     (tmp_path / "owner").mkdir()
     (tmp_path / "owner" / "set").mkdir()
@@ -48,10 +50,58 @@ def test_hub_dataset_through_a_local_parquet_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # A folder would be read as images; hide it from the folder check by loading through the method itself.
     source = ImageSource("owner/set", label_column="digit", labels=("one",))
-    images, _ = source._from_hub()
-    assert [np.asarray(image)[0, 0] for image in images] == [100, 200]
+    images, _, captions = source._from_hub()
+    assert [np.asarray(image)[0, 0] for image in images] == [100, 200] and captions is None
+    assert replace(source, caption_column="says")._from_hub()[2] == ["b", "c"]
+    with pytest.raises(DataError, match="no caption_column 'text'; columns are img, digit, says"):
+        replace(source, caption_column="text")._from_hub()
     with pytest.raises(DataError, match="no image column 'nope'"):
         ImageSource("owner/set", image_column="nope")._from_hub()
+
+
+CAPTIONS = {
+    "csv": 'file_name,text\nb/x.png," a cat, asleep "\na.png,a dog\n',
+    "jsonl": """\
+{"file_name": "a.png", "text": "a dog"}
+
+{"file_name": "b/x.png", "text": "a cat, asleep"}
+""",
+}
+
+
+@pytest.mark.parametrize("kind", CAPTIONS)
+def test_captions_come_in_the_order_of_their_images(tmp_path, kind):
+    write_images(tmp_path, ["a.png", "b/x.png"])
+    (tmp_path / f"metadata.{kind}").write_text(CAPTIONS[kind])
+    source = ImageSource(str(tmp_path), caption_column="text")
+    assert source.captions() == ["a dog", "a cat, asleep"] and len(source.load((8, 8), 3)) == 2
+    assert replace(source, max_images=1).captions() == ["a dog"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no metadata.csv or metadata.jsonl there"),
+        ("file_name,text\na.png,a dog\n", "do not match; the other one is missing for b.png"),
+        ("file_name,text\na.png,a dog\nb.png,\n", "do not match; the other one is missing for b.png"),
+        ("file_name,text\na.png,x\nb.png,x\nc.png,x\n", "do not match; the other one is missing for c.png"),
+        ("file_name,caption\na.png,x\nb.png,x\n", "not rows of file_name and text"),
+    ],
+)
+def test_captions_that_do_not_match_are_named(tmp_path, content, message):
+    write_images(tmp_path, ["a.png", "b.png"])
+    if content:
+        (tmp_path / "metadata.csv").write_text(content)
+    with pytest.raises(DataError, match=message):
+        ImageSource(str(tmp_path), caption_column="text").captions()
+
+
+def test_captions_need_a_column_and_a_source_that_has_them(tmp_path):
+    with pytest.raises(DataError, match="name their column with caption_column"):
+        ImageSource(str(tmp_path)).captions()
+    np.savez(tmp_path / "a.npz", images=np.zeros((1, 8, 8), dtype=np.uint8))
+    with pytest.raises(DataError, match="an .npz has no captions"):
+        ImageSource(str(tmp_path / "a.npz"), caption_column="text").captions()
 
 
 def test_resize_keeps_the_aspect_ratio_and_puts_transparency_on_white():

@@ -19,7 +19,7 @@ from vdu_peft.config import ConfigError
 from vdu_peft.data import DataError
 from vdu_peft.denoiser import Denoiser
 from vdu_peft.replay import generate_replay
-from vdu_peft.trainer import UnlearnError, _lr_factor, run_status
+from vdu_peft.trainer import UnlearnError, lr_factor, run_status
 
 FAST = UnlearnConfig(max_train_steps=6, train_batch_size=4, replay_size=8, replay_inference_steps=2)
 
@@ -97,9 +97,9 @@ def test_resume_refuses_what_does_not_fit(pipeline_folder, forget, tmp_path):
 
 
 def test_learning_rate_rises_over_a_tenth_and_falls_to_nearly_nothing():
-    factors = [_lr_factor(step, 20) for step in range(20)]
+    factors = [lr_factor(step, 20) for step in range(20)]
     assert factors == pytest.approx([1 / 2, 1, *[n / 19 for n in range(18, 0, -1)]])
-    assert _lr_factor(0, 1) == 1
+    assert lr_factor(0, 1) == 1
 
 
 def test_gradient_accumulation_averages(pipeline_folder, forget):
@@ -212,6 +212,52 @@ def test_first_step_on_a_class_conditional_model_is_the_stated_objective(forget)
     assert expected > 1e-3 and first["redirect"] == pytest.approx(expected, rel=1e-4)
     assert first["plasticity"] == pytest.approx(2 / 3) and first["stability"] == 0
     assert first["loss"] == pytest.approx(2 / 3 + expected, rel=1e-4)
+
+
+def test_each_forget_image_is_shown_under_its_own_label(forget):
+    """Seen from outside: which labels the model is asked for with which of the forget images."""
+    denoiser, seen = conditional_denoiser(), set()
+    levels = torch.linspace(-0.9, 0.9, 8)
+    forget, labels = levels.view(8, 1, 1, 1).expand(8, 1, 8, 8), torch.tensor([0, 1, 0, 1, 0, 1, 0, 1])
+    images, add_noise, predict = [], denoiser.add_noise, denoiser.noise_pred
+    denoiser.add_noise = lambda x, noise, t: (images.append(x), add_noise(x, noise, t))[1]
+
+    def noise_pred(x_t, timesteps, labels=None, **options):
+        if len(x_t) == 8:  # forget and replay images, not the anchor's
+            which = [levels.sub(x).abs().argmin().item() for x in images[-1][:4, 0, 0, 0]]
+            seen.update(zip(which, labels[:4].tolist(), strict=True))
+        return predict(x_t, timesteps, labels, **options)
+
+    denoiser.noise_pred = noise_pred
+    replay = {"replay": torch.zeros(4, 1, 8, 8), "replay_labels": torch.tensor([2, 2, 2, 2])}
+    config = replace(CONDITIONAL, forget_class=None, max_train_steps=20)
+    unlearn(denoiser, forget, config, forget_labels=labels, **replay)
+    assert seen == {(i, label) for i in range(8) for label in (i % 2, 3)}  # its own, and the null class
+
+
+def test_one_label_for_all_is_the_forget_class(forget):
+    runs = (({"forget_class": 1}, {}), ({"forget_class": None}, {"forget_labels": torch.ones(8, dtype=torch.int64)}))
+    histories = [
+        unlearn(conditional_denoiser(), forget, replace(CONDITIONAL, max_train_steps=2, **c), **o).history
+        for c, o in runs
+    ]
+    assert histories[0] == histories[1]
+
+
+@pytest.mark.parametrize(
+    ("forget_class", "labels", "message"),
+    [
+        (1, [1] * 8, "tell under which"),
+        (None, [1] * 7, r"\[7\] labels for 8 forget images"),
+        (None, [4] * 8, "must lie in 0 to 3"),
+        (None, [3] * 8, "null_class: 3 is the label of a forget image"),
+        (None, [0, 1, 2, 0, 1, 2, 0, 1], "no other class to draw instead"),
+    ],
+)
+def test_forget_labels_that_do_not_fit_are_refused(forget, forget_class, labels, message):
+    with pytest.raises(ConfigError, match=message):
+        config = replace(CONDITIONAL, forget_class=forget_class)
+        unlearn(conditional_denoiser(), forget, config, forget_labels=torch.tensor(labels))
 
 
 def test_a_class_conditional_model_forgets_both_paths(forget):

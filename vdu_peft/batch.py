@@ -25,6 +25,7 @@ class Batch(NamedTuple):
 
 def draw_batch(
     forget_set: ImageDataset,
+    forget_labels: torch.Tensor | None,
     replay: torch.Tensor,
     replay_labels: torch.Tensor | None,
     config: UnlearnConfig,
@@ -38,7 +39,8 @@ def draw_batch(
     """
     batch_size = config.train_batch_size
     total = batch_size * accelerator.num_processes
-    forget = torch.stack([forget_set[i] for i in draw_indices(len(forget_set), total)])
+    forget_indices = draw_indices(len(forget_set), total)
+    forget = torch.stack([forget_set[i] for i in forget_indices])
     replay_indices = draw_indices(len(replay), total)
     images = torch.stack([forget, replay[replay_indices]])  # (2, total, C, H, W)
     noise = torch.randn(images.shape)
@@ -46,11 +48,12 @@ def draw_batch(
     lowest = config.min_forget_timestep * num_timesteps // 1000
     timesteps = torch.stack([torch.randint(low, num_timesteps, (total,)) for low in (lowest, 0)])
     drawn = [images, noise, timesteps]
-    if replay_labels is not None:
-        labels = torch.stack([torch.full((total,), config.forget_class), replay_labels[replay_indices]])
+    if forget_labels is not None:
+        labels = torch.stack([forget_labels[forget_indices], replay_labels[replay_indices]])
         if config.null_class is not None:
             labels = torch.where(torch.rand(2, total) < NULL_SHARE, config.null_class, labels)
-        others = [c for c in range(denoiser.num_classes) if c not in (config.forget_class, config.null_class)]
+        taken = {*forget_labels.tolist(), config.null_class}
+        others = [c for c in range(denoiser.num_classes) if c not in taken]
         candidates = torch.tensor(others if config.anchor_class is None else [config.anchor_class])
         drawn += [labels, candidates[torch.randint(len(candidates), (1, total))]]
     share = slice(accelerator.process_index * batch_size, (accelerator.process_index + 1) * batch_size)

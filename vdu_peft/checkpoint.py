@@ -19,7 +19,12 @@ _RESUMABLE = ("checkpointing_steps", "report_to", "early_stopping")
 
 
 def run_options(
-    config: UnlearnConfig, adapter: VDUConfig, forget: torch.Tensor, replay: torch.Tensor | None, num_processes: int
+    config: UnlearnConfig,
+    adapter: VDUConfig,
+    forget: torch.Tensor,
+    forget_labels: torch.Tensor | None,
+    replay: torch.Tensor | None,
+    num_processes: int,
 ) -> dict:
     """What must be the same for a resumed run to give the same result; ``replay`` is the caller's own, if any."""
     names = ("r", "lora_alpha", "lora_dropout", "prior_scale", "init_scale", "variational")
@@ -27,6 +32,7 @@ def run_options(
         **{name: value for name, value in asdict(config).items() if name not in _RESUMABLE},
         **{name: getattr(adapter, name) for name in names},
         "forget_images": _digest(forget),
+        "forget_labels": None if forget_labels is None else _digest(forget_labels),
         "replay_images": None if replay is None else _digest(replay),
         "num_processes": num_processes,
     }

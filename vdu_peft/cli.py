@@ -9,6 +9,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
 from datasets.exceptions import DatasetsError
 from PIL import Image
 
@@ -67,14 +68,19 @@ def _unlearn(args: argparse.Namespace) -> int:
         image_column=args.image_column,
         label_column=args.label_column,
         labels=tuple(args.forget_label),
+        caption_column=args.caption_column,
         max_images=args.max_forget_images,
     )
-    prompts = []
-    if args.forget_prompt is not None:
+    if args.forget_prompt is not None and args.caption_column is not None:
+        raise ConfigError("forget_prompt: caption_column gives each image its own; name one of them")
+    captions = source.captions() if args.caption_column is not None else []
+    prompts = captions if args.forget_prompt is None else [args.forget_prompt]
+    if prompts:
         retained = read_prompts(args.retain_prompts) if args.retain_prompts else neutral_prompts()
-        prompts = list(dict.fromkeys([args.forget_prompt, args.anchor_prompt, *retained]))
+        prompts = list(dict.fromkeys([*prompts, args.anchor_prompt, *retained]))
     denoiser = open_denoiser(args.model, prompts)
     config = _with_prompts(config, denoiser, args)
+    forget_labels = torch.tensor([denoiser.label(caption) for caption in captions]) if captions else None
     forget = source.load(denoiser.image_size, denoiser.channels)
     adapter = VDUConfig.for_model(denoiser.model, target_modules=args.target_modules, **adapter_options)
     size = " x ".join(map(str, forget.shape[1:]))
@@ -83,20 +89,35 @@ def _unlearn(args: argparse.Namespace) -> int:
         print("dry run: model, images and options are fine")
         return 0
     result = unlearn(
-        denoiser, forget, config, adapter, output_dir=args.output_dir, resume=bool(args.resume_from_checkpoint)
+        denoiser,
+        forget,
+        config,
+        adapter,
+        forget_labels=forget_labels,
+        output_dir=args.output_dir,
+        resume=bool(args.resume_from_checkpoint),
     )
     return _outcome(result, args.output_dir)
 
 
 def _with_prompts(config: UnlearnConfig, denoiser: Denoiser, args: argparse.Namespace) -> UnlearnConfig:
     """The run's classes, where they are prompts."""
+    options = [n for n in ("forget_prompt", "caption_column") if getattr(args, n) is not None]
     if not isinstance(denoiser, TextDenoiser):
-        if args.forget_prompt is not None:
-            raise ConfigError(f"forget_prompt: {args.model} is not a text-to-image model; leave it out")
+        if options:
+            raise ConfigError(f"{options[0]}: {args.model} is not a text-to-image model; leave it out")
         return config
-    if args.forget_prompt is None:
-        raise ConfigError("forget_prompt: the model draws from prompts; tell which one the forget images belong to")
-    labels = {"forget_class": args.forget_prompt, "anchor_class": args.anchor_prompt, "null_class": ""}
+    if not options:
+        raise ConfigError(
+            "forget_prompt: the model draws from prompts; tell which one the forget images belong to, or give a "
+            "caption_column"
+        )
+    labels = {"anchor_class": args.anchor_prompt, "null_class": ""}
+    if args.forget_prompt is not None:
+        labels["forget_class"] = args.forget_prompt
+    for name in ("forget_class", "anchor_class", "null_class"):
+        if getattr(config, name) is not None:
+            raise ConfigError(f"{name}: a text-to-image model's classes are prompts; use forget_prompt, anchor_prompt")
     return dataclasses.replace(config, **{name: denoiser.label(prompt) for name, prompt in labels.items()})
 
 

@@ -207,8 +207,6 @@ class UnlearnConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.forget_class is None and (self.anchor_class, self.null_class) != (None, None):
-            raise ConfigError("anchor_class and null_class need forget_class, the label to forget")
         if self.plasticity == "elbo" and self.anchor_class is not None:
             raise ConfigError(
                 "anchor_class: plasticity elbo redirects to nothing; use hinge, or leave anchor_class out"

@@ -1,5 +1,7 @@
 """Image sources: a folder, an ``.npz`` or a hub dataset, as one float tensor in [-1, 1]."""
 
+import csv
+import json
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +29,8 @@ class ImageSource:
         image_column: image column of a hub dataset, or array name in an ``.npz``.
         label_column: label column of a hub dataset, or array name in an ``.npz``.
         labels: keep only images with one of these labels (a class name or number); all when empty.
+        caption_column: each image's caption: a column of ``metadata.csv`` or ``metadata.jsonl`` in the folder (beside
+            ``file_name``, as the ``datasets`` library's image folders have it), or of a hub dataset.
         max_images: keep at most this many, evenly spread over the source; all when None.
     """
 
@@ -35,6 +39,7 @@ class ImageSource:
     image_column: str | None = None
     label_column: str | None = None
     labels: tuple[str, ...] = ()
+    caption_column: str | None = None
     max_images: int | None = None
 
     def load(self, image_size: tuple[int, int], channels: int) -> torch.Tensor:
@@ -52,6 +57,19 @@ class ImageSource:
         """
         return self._load(image_size, channels)[0]
 
+    def captions(self) -> list[str]:
+        """Each image's caption, in the order of :meth:`load`.
+
+        Raises:
+            DataError: as :meth:`load`, or there is no ``caption_column``, or an image without a caption.
+        """
+        if self.caption_column is None:
+            raise DataError(f"{self.path}: captions are needed; name their column with caption_column")
+        captions = self._read()[2]
+        if captions is None:
+            raise DataError(f"{self.path}: an .npz has no captions; use a folder with metadata.csv, or a hub dataset")
+        return captions
+
     def load_labelled(self, image_size: tuple[int, int], channels: int) -> tuple[torch.Tensor, torch.Tensor]:
         """As :meth:`load`, with the labels, int64 (N,).
 
@@ -66,11 +84,17 @@ class ImageSource:
         return images, torch.from_numpy(labels.astype(np.int64))
 
     def _load(self, image_size: tuple[int, int], channels: int) -> tuple[torch.Tensor, np.ndarray | None]:
+        images, labels, _ = self._read()
+        return torch.stack([to_tensor(image, image_size, channels, name=self.path) for image in images]), labels
+
+    def _read(self) -> tuple[Sequence, np.ndarray | None, list[str] | None]:
+        """Images as they come, labels and captions, where the source has them."""
+        captions = None
         if self.max_images is not None and self.max_images < 1:
             raise DataError(f"max_images must be at least 1, not {self.max_images}")
         path = Path(self.path)
         if path.is_dir():
-            images, labels = self._from_folder(path), None
+            labels, (images, captions) = None, self._from_folder(path)
         elif path.suffix == ".npz":
             images, labels = self._from_npz(path)
         elif path.exists():
@@ -78,7 +102,7 @@ class ImageSource:
         elif path.is_absolute() or self.path.startswith((".", "~")) or self.path.count("/") > 1:
             raise DataError(f"{path}: no such folder or .npz file")
         else:
-            images, labels = self._from_hub()
+            images, labels, captions = self._from_hub()
         if not len(images):
             chosen = f" with label {', '.join(self.labels)}" if self.labels else ""
             raise DataError(f"{self.path}: no images{chosen} found")
@@ -86,13 +110,15 @@ class ImageSource:
             keep = np.linspace(0, len(images) - 1, self.max_images).round().astype(int)
             images = [images[i] for i in keep]
             labels = None if labels is None else labels[keep]
-        return torch.stack([to_tensor(image, image_size, channels, name=self.path) for image in images]), labels
+            captions = None if captions is None else [captions[i] for i in keep]
+        return images, labels, captions
 
-    def _from_folder(self, folder: Path) -> Sequence[Image.Image]:
+    def _from_folder(self, folder: Path) -> tuple[Sequence[Image.Image], list[str] | None]:
         if self.labels:
             raise DataError(f"{folder}: a folder has no labels to choose from; give the folder of one class")
         files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
-        return [_open(file) for file in files]
+        captions = None if self.caption_column is None else _read_captions(folder, files, self.caption_column)
+        return [_open(file) for file in files], captions
 
     def _from_npz(self, file: Path) -> tuple[np.ndarray, np.ndarray | None]:
         if not file.is_file():
@@ -130,7 +156,7 @@ class ImageSource:
             raise DataError(f"{file}: {option} {key!r} not found; the file holds {', '.join(arrays.files)}")
         return key
 
-    def _from_hub(self) -> tuple[Sequence[Image.Image], np.ndarray | None]:
+    def _from_hub(self) -> tuple[Sequence[Image.Image], np.ndarray | None, list[str] | None]:
         from datasets import Image as ImageFeature
         from datasets import load_dataset
         from datasets.exceptions import DatasetNotFoundError
@@ -148,8 +174,12 @@ class ImageSource:
         )
         if column not in dataset.column_names:
             raise DataError(f"{self.path}: no image column {column!r}; columns are {', '.join(dataset.column_names)}")
+        if self.caption_column is not None and self.caption_column not in dataset.column_names:
+            raise DataError(
+                f"{self.path}: no caption_column {self.caption_column!r}; columns are {', '.join(dataset.column_names)}"
+            )
         if self.label_column is None and not self.labels:
-            return dataset[column], None
+            return dataset[column], None, self._hub_captions(dataset)
         if self.label_column not in dataset.column_names:
             raise DataError(
                 f"{self.path}: no label_column {self.label_column!r}; columns are {', '.join(dataset.column_names)}"
@@ -159,7 +189,10 @@ class ImageSource:
             names = getattr(dataset.features[self.label_column], "names", None) or []
             keep = np.flatnonzero(np.isin(labels, _label_numbers(self.labels, names, self.path)))
             dataset, labels = dataset.select(keep), labels[keep]
-        return dataset[column], labels
+        return dataset[column], labels, self._hub_captions(dataset)
+
+    def _hub_captions(self, dataset) -> list[str] | None:
+        return None if self.caption_column is None else [str(caption) for caption in dataset[self.caption_column]]
 
 
 class ImageDataset(Dataset):
@@ -223,6 +256,25 @@ def check_images(images: torch.Tensor, image_size: tuple[int, int], channels: in
     if images.abs().max() > 1.0 + 1e-4:
         raise DataError(f"{name}: float images must lie in [-1, 1], found up to {images.abs().max():.3g}")
     return images
+
+
+def _read_captions(folder: Path, files: Sequence[Path], column: str) -> list[str]:
+    """The captions of these files of the folder, from its ``metadata.csv`` or ``metadata.jsonl``."""
+    metadata = next((folder / n for n in ("metadata.csv", "metadata.jsonl") if (folder / n).is_file()), None)
+    if metadata is None:
+        raise DataError(f"{folder}: no metadata.csv or metadata.jsonl there, which would hold the captions")
+    try:
+        text = metadata.read_text(encoding="utf-8-sig")
+        lines = text.splitlines()
+        rows = list(csv.DictReader(lines)) if metadata.suffix == ".csv" else [json.loads(x) for x in lines if x.strip()]
+        captions = {row["file_name"]: str(row[column]).strip() for row in rows}
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{metadata}: not rows of file_name and {column} ({error})") from error
+    names = [file.relative_to(folder).as_posix() for file in files]
+    missing = [name for name in names if not captions.get(name)] or sorted(captions.keys() - set(names))
+    if missing:
+        raise DataError(f"{metadata}: captions and images do not match; the other one is missing for {missing[0]}")
+    return [captions[name] for name in names]
 
 
 def _open(file: Path) -> Image.Image:

@@ -51,6 +51,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     sub.add_argument("--forget_label", nargs="+", default=[], help="keep only images that the data set labels so")
     sub.add_argument("--max_forget_images", type=int, help="use at most this many, evenly spread")
     sub.add_argument("--forget_prompt", help="of a text-to-image model: what draws the forget images")
+    sub.add_argument(
+        "--caption_column",
+        help="of a text-to-image model, instead of one prompt: each forget image's own, a column of metadata.csv or "
+        "metadata.jsonl in the folder (beside file_name), or of a hub dataset",
+    )
     sub.add_argument("--anchor_prompt", default="", help="what that prompt shall draw instead; default: no condition")
     sub.add_argument(
         "--retain_prompts", type=Path, help="file of prompts to retain, one a line; default: everyday things"

@@ -70,6 +70,7 @@ def unlearn(
     config: UnlearnConfig | None = None,
     adapter: VDUConfig | None = None,
     *,
+    forget_labels: torch.Tensor | None = None,
     replay: torch.Tensor | None = None,
     replay_labels: torch.Tensor | None = None,
     output_dir: str | Path | None = None,
@@ -83,6 +84,8 @@ def unlearn(
         forget: (N, C, H, W) in [-1, 1].
         config: the run; defaults when None.
         adapter: the adapter; :meth:`VDUConfig.for_model` when None.
+        forget_labels: (N,) int64, of a model with a condition, the label under which it knows each forget image;
+            ``config.forget_class`` for all when None.
         replay: (M, C, H, W) in [-1, 1] to retain; the model draws its own when None.
         replay_labels: (M,) int64, the classes of ``replay``, for a class-conditional model.
         output_dir: gets ``adapter/``, ``history.json`` and checkpoints; nothing is written when None.
@@ -95,8 +98,8 @@ def unlearn(
     """
     config = config or UnlearnConfig()
     denoiser = as_denoiser(model)
-    _check_classes(denoiser, config)
     forget = check_images(forget, denoiser.image_size, denoiser.channels, "forget images")
+    forget_labels = _check_classes(denoiser, config, forget_labels, len(forget))
     replay = given_replay = _check_replay(replay, replay_labels, denoiser)
     output_dir = Path(output_dir) if output_dir is not None else None
     # accelerate keeps one precision per process and refuses another: a second run may well want one.
@@ -127,7 +130,7 @@ def unlearn(
                 num_inference_steps=config.replay_inference_steps,
                 keep_quantile=config.replay_keep_quantile,
                 seed=config.seed,
-                class_labels=[c for c in range(denoiser.num_classes or 0) if c != config.forget_class],
+                class_labels=sorted({*range(denoiser.num_classes or 0)} - _label_set(forget_labels)),
                 progress=not bar_off,
             )
     else:
@@ -136,7 +139,9 @@ def unlearn(
     optimizer = torch.optim.Adam(parameters.values(), lr=config.learning_rate)
     forget_set = ImageDataset(forget, config.random_flip)
 
-    options = run_options(config, peft_model.active_peft_config, images, given_replay, accelerator.num_processes)
+    options = run_options(
+        config, peft_model.active_peft_config, images, forget_labels, given_replay, accelerator.num_processes
+    )
     history: list[dict[str, float]] = []
     if resume:
         history = load_checkpoint(output_dir, parameters, optimizer, options)
@@ -152,7 +157,7 @@ def unlearn(
                 group["lr"] = config.learning_rate * lr_factor(step, config.max_train_steps)
             terms: dict[str, torch.Tensor] = {}
             for _ in range(config.gradient_accumulation_steps):
-                batch = draw_batch(forget_set, replay, replay_labels, config, denoiser, accelerator)
+                batch = draw_batch(forget_set, forget_labels, replay, replay_labels, config, denoiser, accelerator)
                 if accelerator.num_processes > 1:
                     # Alike so far; the posterior's draws must be each process's own.
                     torch.manual_seed(int(torch.randint(2**31, ())) + accelerator.process_index)
@@ -222,10 +227,7 @@ def _check_replay(
     if (replay_labels is not None) != bool(denoiser.num_classes):
         raise ConfigError("replay_labels are for class-conditional models, which need one for every replay image")
     if replay_labels is not None:
-        if replay_labels.shape != (len(replay),):
-            raise ConfigError(f"replay_labels: {list(replay_labels.shape)} labels for {len(replay)} replay images")
-        if not 0 <= replay_labels.min() <= replay_labels.max() < denoiser.num_classes:
-            raise ConfigError(f"replay_labels must lie in 0 to {denoiser.num_classes - 1}")
+        _check_labels(replay_labels, len(replay), denoiser.num_classes, "replay")
     return replay
 
 
@@ -239,24 +241,47 @@ def _prepared(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch
         accelerator.unwrap_model(network, keep_fp32_wrapper=False)
 
 
-def _check_classes(denoiser: Denoiser, config: UnlearnConfig) -> None:
+def _label_set(labels: torch.Tensor | None) -> set[int]:
+    return set() if labels is None else {*labels.tolist()}
+
+
+def _check_classes(
+    denoiser: Denoiser, config: UnlearnConfig, forget_labels: torch.Tensor | None, num_images: int
+) -> torch.Tensor | None:
+    """Each forget image's label, (N,), or None for an unconditional model."""
+    given = {name: getattr(config, name) for name in ("forget_class", "anchor_class", "null_class")}
+    given = {name: value for name, value in given.items() if value is not None}
     if not denoiser.num_classes:
-        if config.forget_class is not None:
-            raise ConfigError("forget_class: the model is unconditional; leave it out")
-        return
-    if config.forget_class is None:
+        for name in [*given, *(["forget_labels"] if forget_labels is not None else [])]:
+            raise ConfigError(f"{name}: the model is unconditional; leave it out")
+        return None
+    if ("forget_class" in given) == (forget_labels is not None):
         raise ConfigError(
             f"forget_class: the model is class-conditional; tell under which of its {denoiser.num_classes} labels "
-            "(0 and up) it knows the forget images"
+            "(0 and up) it knows the forget images, or pass forget_labels, one for each"
         )
-    for name in ("forget_class", "anchor_class", "null_class"):
-        value = getattr(config, name)
-        if value is not None and not 0 <= value < denoiser.num_classes:
+    for name, value in given.items():
+        if not 0 <= value < denoiser.num_classes:
             raise ConfigError(f"{name} must lie in 0 to {denoiser.num_classes - 1}, not {value}")
-    if config.anchor_class is None and {*range(denoiser.num_classes)} <= {config.forget_class, config.null_class}:
+    if forget_labels is None:
+        forget_labels = torch.full((num_images,), config.forget_class)
+    _check_labels(forget_labels, num_images, denoiser.num_classes, "forget")
+    forgotten = _label_set(forget_labels)
+    for name in ("anchor_class", "null_class"):
+        if given.get(name) in forgotten:
+            raise ConfigError(f"{name}: {given[name]} is the label of a forget image; name another one")
+    if "anchor_class" not in given and {*range(denoiser.num_classes)} <= {*forgotten, config.null_class}:
         raise ConfigError(
             "anchor_class: the model has no other class to draw instead; pass its null_class as anchor_class"
         )
+    return forget_labels
+
+
+def _check_labels(labels: torch.Tensor, num_images: int, num_classes: int, kind: str) -> None:
+    if labels.shape != (num_images,):
+        raise ConfigError(f"{kind}_labels: {list(labels.shape)} labels for {num_images} {kind} images")
+    if not 0 <= labels.min() <= labels.max() < num_classes:
+        raise ConfigError(f"{kind}_labels must lie in 0 to {num_classes - 1}")
 
 
 def _terms(
@@ -286,7 +311,7 @@ def _terms(
             base_noise_pred[:half],
             anchor_noise_pred,
             noise[:half],
-            conditional=labels[:half] == config.forget_class,
+            conditional=labels[:half] != (-1 if config.null_class is None else config.null_class),
         )
     return terms
 
@@ -302,7 +327,7 @@ def _stop(history: list[dict[str, float]], config: UnlearnConfig) -> bool:
     if _recent(history, "stability") > COLLAPSE:
         return True
     # Under a condition the hinge is met long before the redirection, which has no target value of its own.
-    bounded = config.plasticity == "hinge" and config.forget_class is None
+    bounded = config.plasticity == "hinge" and "redirect" not in history[-1]
     return config.early_stopping and bounded and _recent(history, "plasticity") < TARGET_TOLERANCE
 
 
