@@ -1,4 +1,4 @@
-"""What an adapter costs in use, on the demo model: forward passes against the base's, and a swap against a sampling run.
+"""What an adapter costs in use, on the demo model: forward passes against the base's, a swap against sampling.
 
     python -m benchmarks.adapter_cost
 

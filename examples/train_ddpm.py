@@ -111,7 +111,7 @@ def main(argv=None) -> None:
         labels = torch.zeros(len(images), dtype=torch.int64)  # not shown to the model
     if len(images) < args.train_batch_size * accelerator.num_processes:
         raise SystemExit(f"--train_batch_size {args.train_batch_size}: there are only {len(images)} images; lower it")
-    dataset = StackDataset(ImageDataset(images, args.random_flip), labels)
+    dataset = StackDataset(ImageDataset(images, images.flip(-1) if args.random_flip else None), labels)
     loader = DataLoader(dataset, batch_size=args.train_batch_size, shuffle=True, drop_last=True)
     scheduler = DDPMScheduler(num_train_timesteps=1000, prediction_type="epsilon", clip_sample=True)
     if args.pretrained_model_name_or_path:

@@ -81,6 +81,11 @@ def test_a_concept_of_a_text_to_image_model(tmp_path, pictures, pipeline_folder,
     assert main(command) == 2
     assert "forget_prompt: the model draws from prompts" in capsys.readouterr().err
     prompts = ["--forget_prompt=a sword", "--anchor_prompt=a hand"]
+    for clash in ("--forget_prompt=a hand", "--forget_prompt="):
+        assert main([*command, *prompts, clash]) == 2
+        assert "other than the anchor_prompt" in capsys.readouterr().err
+    assert main([*command, *prompts, "--plasticity=elbo", "--dry_run"]) == 0
+    capsys.readouterr()
     assert main([*command, *prompts, f"--retain_prompts={tmp_path / 'nowhere'}"]) == 2
     assert "not a readable text file of prompts" in capsys.readouterr().err
     assert main([*command, *prompts, f"--retain_prompts={tmp_path / 'retain.txt'}"]) in (0, 1)
@@ -95,10 +100,12 @@ def test_a_concept_of_a_text_to_image_model(tmp_path, pictures, pipeline_folder,
     assert main([*command, "--overwrite", "--caption_column=text", "--forget_class=1"]) == 2
     assert "forget_class: a text-to-image model's classes are prompts" in capsys.readouterr().err
     assert main([*command, "--overwrite", "--caption_column=text", "--dry_run"]) == 0
-    assert main([*command, "--overwrite", "--caption_column=text"]) in (0, 1)
+    retain = f"--retain_prompts={tmp_path / 'retain.txt'}"
+    assert main([*command, "--overwrite", "--caption_column=text", retain]) in (0, 1)
     assert "after 3 steps" in capsys.readouterr().out
     grid, adapter = tmp_path / "grid.png", f"--adapter={out / 'adapter'}"
     sample = ["sample", model, adapter, "--num_images=2", "--num_inference_steps=2", f"--output_file={grid}"]
+    assert main([*sample, "--prompt", "a sword", "--class_labels", "1"]) == 2
     assert main([*sample, "--prompt", "a sword", "a cat"]) == 0
     assert Image.open(grid).width > 2 * 2 * 16
     assert main(["export", adapter, "--format=kohya", f"--output_dir={tmp_path / 'lora'}"]) == 0

@@ -4,10 +4,32 @@ import pytest
 import torch
 from conftest import tiny_unet
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
+from safetensors.torch import save_file
 from torch import nn
 
 from vdu_peft.denoiser import Denoiser, ModelError, as_denoiser
 from vdu_peft.replay import forget_scores
+
+
+def test_zero_terminal_snr_leaves_an_error_to_compare_with():
+    scheduler = DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    assert scheduler.alphas_cumprod[-1] == 0
+    denoiser = Denoiser(tiny_unet(), scheduler)
+    images, noise, timesteps = torch.ones(2, 1, 8, 8), torch.randn(2, 1, 8, 8), torch.tensor([999, 999])
+    with torch.no_grad():
+        error = denoiser.noise_pred(denoiser.add_noise(images, noise, timesteps), timesteps) - noise
+    assert error.isfinite().all() and error.square().mean() > 0
+
+
+def test_variants_beside_the_weights_do_not_count(pipeline_folder):
+    save_file({"x": torch.zeros(1, dtype=torch.float16)}, pipeline_folder / "unet" / "a.fp16.safetensors")
+    assert Denoiser.from_pretrained(pipeline_folder).stored_dtype == torch.float32
+
+
+def test_a_single_file_is_told_what_to_do(tmp_path):
+    (tmp_path / "sd15.safetensors").touch()
+    with pytest.raises(ModelError, match="from_single_file"):
+        Denoiser.from_pretrained(tmp_path / "sd15.safetensors")
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])

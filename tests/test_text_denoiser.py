@@ -1,15 +1,18 @@
 """Text-to-image families against their own stock pipelines, and one unlearning run of each."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_text_pipeline
+from conftest import saved_adapter, tiny_text_pipeline
 from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline
 
 from vdu_peft import UnlearnConfig, unlearn
-from vdu_peft.adapter import load_adapter
+from vdu_peft.adapter import AdapterError, load_adapter
+from vdu_peft.config import ConfigError
 from vdu_peft.denoiser import ModelError
+from vdu_peft.export import merge
 from vdu_peft.text_denoiser import TextDenoiser, neutral_prompts, read_prompts
 
 FAMILIES = [("sd", "epsilon"), ("sd", "v_prediction"), ("sdxl", "epsilon")]
@@ -34,8 +37,6 @@ def test_samples_are_those_of_the_stock_pipeline(tmp_path, family, prediction_ty
     labels = [denoiser.label("a cat"), denoiser.label("a sword")]
     ours = denoiser.sample(2, seed=5, num_inference_steps=4, class_labels=labels, guidance_scale=guidance_scale)
     generators = [torch.Generator().manual_seed(5 * 1_000_003 + i) for i in range(2)]
-    # An empty negative prompt is what no condition is; SDXL would otherwise put zeros there.
-    negative = {"negative_prompt": ["", ""]} if guidance_scale != 1 else {}
     stock = pipeline(
         ["a cat", "a sword"],
         guidance_scale=guidance_scale,
@@ -44,7 +45,6 @@ def test_samples_are_those_of_the_stock_pipeline(tmp_path, family, prediction_ty
         height=16,
         width=16,
         output_type="pt",
-        **negative,
     ).images
     torch.testing.assert_close((ours + 1) / 2, stock, atol=1e-5, rtol=0)
     options = {"num_inference_steps": 4, "guidance_scale": guidance_scale}
@@ -88,11 +88,11 @@ def test_the_loss_is_that_of_diffusers_training_scripts(tmp_path, images, family
 
 def test_encode_and_decode_are_the_vae(tmp_path, images):
     denoiser = TextDenoiser(tiny_text_pipeline(tmp_path), PROMPTS)
-    latents = denoiser.encode(images, batch_size=3)
+    latents = denoiser.encode(images)
     assert latents.shape == (8, *denoiser.latent_shape) and denoiser.image_size == (16, 16)
     with torch.no_grad():
         stock = denoiser.pipeline.vae.decode(latents / 0.18).sample.clamp(-1, 1)
-    torch.testing.assert_close(denoiser.decode(latents, batch_size=5), stock, atol=1e-5, rtol=0)
+    torch.testing.assert_close(denoiser.decode(latents), stock, atol=1e-5, rtol=0)
 
 
 @over_families
@@ -151,3 +151,61 @@ def test_prompts_from_a_file(tmp_path):
     with pytest.raises(ModelError, match="not a readable text file"):
         read_prompts(tmp_path / "nowhere.txt")
     assert len(neutral_prompts()) >= 20
+
+
+def test_a_vae_that_overflows_is_named(tmp_path, images):
+    pipeline = tiny_text_pipeline(tmp_path)
+    pipeline.vae.encoder.conv_in.weight.data.fill_(float("inf"))
+    with pytest.raises(ModelError, match="NaN or infinite latents in torch.float32"):
+        TextDenoiser(pipeline, PROMPTS).encode(images)
+
+
+def test_an_sdxl_vae_stays_in_float32(tmp_path):
+    """The config's force_upcast, as the stock pipeline minds it."""
+    pipeline = tiny_text_pipeline(tmp_path, "sdxl").to(torch.bfloat16)
+    assert pipeline.vae.config.force_upcast
+    assert TextDenoiser(pipeline, PROMPTS).pipeline.vae.dtype == torch.float32
+
+
+def test_latents_of_another_kind_are_refused(tmp_path):
+    pipeline = tiny_text_pipeline(tmp_path)
+    pipeline.vae.register_to_config(latents_mean=[0.0] * 4)
+    with pytest.raises(ModelError, match="latents with a mean of their own"):
+        TextDenoiser(pipeline, PROMPTS)
+
+
+def test_merging_keeps_the_safety_checker(tmp_path):
+    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig, CLIPImageProcessor
+
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(vision_config={**small, "image_size": 8, "patch_size": 4}, projection_dim=16)
+    pipeline = tiny_text_pipeline(tmp_path / "tokens")
+    parts = {**pipeline.components, "safety_checker": StableDiffusionSafetyChecker(config)}
+    parts["feature_extractor"] = CLIPImageProcessor(size=8, crop_size=8)
+    type(pipeline)(**parts).save_pretrained(tmp_path / "sd")
+    assert TextDenoiser.from_pretrained(tmp_path / "sd", PROMPTS).pipeline.safety_checker is None
+    saved_adapter(tmp_path / "adapter", 1, tiny_text_pipeline(tmp_path / "tokens").unet)
+    merge(tmp_path / "sd", tmp_path / "adapter", tmp_path / "merged")
+    merged = json.loads((tmp_path / "merged" / "model_index.json").read_text())
+    assert merged["safety_checker"] == ["stable_diffusion", "StableDiffusionSafetyChecker"]
+
+
+def test_a_checkpoint_of_other_prompts_is_refused(tmp_path, images):
+    def run(prompts, resume):
+        denoiser = TextDenoiser(tiny_text_pipeline(tmp_path / "tokens"), prompts)
+        config = replace(FAST, forget_class=0, anchor_class=denoiser.null_label, checkpointing_steps=2)
+        return unlearn(denoiser, images, config, output_dir=tmp_path / "out", resume=resume)
+
+    run(["a sword", "a cat"], resume=False)
+    with pytest.raises(AdapterError, match="written with prompts="):
+        run(["a cat", "a sword"], resume=True)
+    assert len(run(["a sword", "a cat"], resume=True).history) == 4
+    assert "| forgotten prompt | 'a sword' |" in (tmp_path / "out" / "adapter" / "README.md").read_text()
+
+
+def test_more_prompts_than_replay_can_show_are_refused(tmp_path, images):
+    denoiser = TextDenoiser(tiny_text_pipeline(tmp_path), [*"abcdefghij"])
+    config = replace(FAST, forget_class=0, anchor_class=denoiser.null_label)
+    with pytest.raises(ConfigError, match="8 images cannot show all 10 classes to retain"):
+        unlearn(denoiser, images, config)

@@ -260,6 +260,17 @@ def test_forget_labels_that_do_not_fit_are_refused(forget, forget_class, labels,
         unlearn(conditional_denoiser(), forget, config, forget_labels=torch.tensor(labels))
 
 
+def test_a_redirection_that_succeeds_is_no_silent_failure():
+    """The anchor's prediction may be as good on the forget images as their own condition's."""
+
+    def status(*redirect):
+        return run_status([{"stability": 0.0, "forget_ratio": 1.0, "redirect": r} for r in redirect], CONDITIONAL)
+
+    assert status(*[0.05] * 20, *[0.02] * 20) == "forgotten"
+    assert status(*[0.05] * 20, *[0.04] * 20) == "partly forgotten"
+    assert status(*[0.05] * 20, *[0.0499] * 20) == "nothing learned"
+
+
 def test_a_class_conditional_model_forgets_both_paths(forget):
     """The forget loss rises under the forgotten class and under none."""
     denoiser = conditional_denoiser()

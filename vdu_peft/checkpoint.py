@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def run_options(
     forget: torch.Tensor,
     forget_labels: torch.Tensor | None,
     replay: torch.Tensor | None,
+    prompts: Sequence[str] | None,
     num_processes: int,
 ) -> dict:
     """What must be the same for a resumed run to give the same result; ``replay`` is the caller's own, if any."""
@@ -31,6 +33,7 @@ def run_options(
     return {
         **{name: value for name, value in asdict(config).items() if name not in _RESUMABLE},
         **{name: getattr(adapter, name) for name in names},
+        "prompts": prompts,
         "forget_images": _digest(forget),
         "forget_labels": None if forget_labels is None else _digest(forget_labels),
         "replay_images": None if replay is None else _digest(replay),

@@ -38,6 +38,13 @@ def main(argv: list[str] | None = None) -> int:
     except BAD_INPUT as error:
         print(f"vdu-peft: error: {error}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError as error:
+        print(
+            f"vdu-peft: error: out of memory ({str(error).splitlines()[0]}); use a smaller train_batch_size with "
+            "gradient_accumulation_steps, gradient_checkpointing, mixed_precision bf16",
+            file=sys.stderr,
+        )
+        return 1
     except UnlearnError as error:
         print(f"vdu-peft: error: {error}", file=sys.stderr)
         return 1
@@ -73,12 +80,16 @@ def _unlearn(args: argparse.Namespace) -> int:
     )
     if args.forget_prompt is not None and args.caption_column is not None:
         raise ConfigError("forget_prompt: caption_column gives each image its own; name one of them")
+    if args.forget_prompt is not None and args.forget_prompt in ("", args.anchor_prompt):
+        raise ConfigError("forget_prompt: must be a prompt other than the anchor_prompt and the empty one")
     captions = source.captions() if args.caption_column is not None else []
     prompts = captions if args.forget_prompt is None else [args.forget_prompt]
     if prompts:
         retained = read_prompts(args.retain_prompts) if args.retain_prompts else neutral_prompts()
         prompts = list(dict.fromkeys([*prompts, args.anchor_prompt, *retained]))
-    denoiser = open_denoiser(args.model, prompts)
+    # Frozen weights in what the forward computes in; the adapter stays in float32.
+    dtypes = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    denoiser = open_denoiser(args.model, prompts, dtypes[config.mixed_precision])
     config = _with_prompts(config, denoiser, args)
     forget_labels = torch.tensor([denoiser.label(caption) for caption in captions]) if captions else None
     forget = source.load(denoiser.image_size, denoiser.channels)
@@ -112,7 +123,9 @@ def _with_prompts(config: UnlearnConfig, denoiser: Denoiser, args: argparse.Name
             "forget_prompt: the model draws from prompts; tell which one the forget images belong to, or give a "
             "caption_column"
         )
-    labels = {"anchor_class": args.anchor_prompt, "null_class": ""}
+    labels = {"null_class": ""}
+    if config.plasticity == "hinge":
+        labels["anchor_class"] = args.anchor_prompt
     if args.forget_prompt is not None:
         labels["forget_class"] = args.forget_prompt
     for name in ("forget_class", "anchor_class", "null_class"):
@@ -147,10 +160,13 @@ def _sample(args: argparse.Namespace) -> int:
     denoiser = open_denoiser(args.model, args.prompt).to_best_device()
     options = {"seed": args.seed, "num_inference_steps": args.num_inference_steps}
     if isinstance(denoiser, TextDenoiser):
+        if args.class_labels:
+            raise ConfigError("class_labels: a text-to-image model's classes are prompts; use prompt")
         options["class_labels"] = [denoiser.label(prompt) for prompt in args.prompt or [""]]
         options["guidance_scale"] = args.guidance_scale
-    elif args.prompt:
-        raise ConfigError(f"prompt: {args.model} is not a text-to-image model; leave it out")
+    elif args.prompt or args.guidance_scale is not None:
+        name = "prompt" if args.prompt else "guidance_scale"
+        raise ConfigError(f"{name}: {args.model} is not a text-to-image model; leave it out")
     elif denoiser.num_classes:
         labels = args.class_labels or range(denoiser.num_classes)
         if not {*labels} <= {*range(denoiser.num_classes)}:

@@ -196,23 +196,21 @@ class ImageSource:
 
 
 class ImageDataset(Dataset):
-    """A tensor of images as a map-style dataset, with an optional random horizontal flip.
+    """A tensor of images as a map-style dataset; with ``mirrored``, each image or its mirror image at random.
 
-    The flip draws from torch's global generator, which the trainer seeds anew at every step.
+    The choice draws from torch's global generator, which the trainer seeds anew at every step.
     """
 
-    def __init__(self, images: torch.Tensor, random_flip: bool = False):
+    def __init__(self, images: torch.Tensor, mirrored: torch.Tensor | None = None):
         self.images = images
-        self.random_flip = random_flip
+        self.mirrored = mirrored
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        image = self.images[index]
-        if self.random_flip and torch.rand(()) < 0.5:
-            image = image.flip(-1)
-        return image
+        flip = self.mirrored is not None and torch.rand(()) < 0.5
+        return (self.mirrored if flip else self.images)[index]
 
 
 def to_tensor(

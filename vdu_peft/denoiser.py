@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch import nn
 from tqdm.auto import tqdm
@@ -38,6 +39,8 @@ class Denoiser:
 
     # Classifier-free guidance that its users sample with; 1 is none.
     guidance_scale = 1.0
+    # Images that go through the network at a time without gradients.
+    batch_size = 64
 
     def __init__(
         self,
@@ -59,6 +62,10 @@ class Denoiser:
         self.name = type(model).__name__
         self.stored_dtype = self.dtype
         self.scheduler = DDPMScheduler.from_config(scheduler.config)
+        if self.scheduler.alphas_cumprod[-1] == 0:
+            # Zero terminal SNR: x_T is the noise itself, whose prediction has no error to compare with. The value that
+            # diffusers' own multi-step schedulers put there.
+            self.scheduler.alphas_cumprod[-1] = 2**-24
         self.prediction_type = self.scheduler.config.prediction_type
         if self.prediction_type not in PREDICTION_TYPES:
             raise ModelError(f"prediction_type {self.prediction_type!r}; known are {', '.join(PREDICTION_TYPES)}")
@@ -73,6 +80,11 @@ class Denoiser:
         folder = Path(name_or_path)
         if folder.is_dir():
             unet_folder, scheduler_folder = _check_folder(folder)
+        elif folder.is_file():
+            raise ModelError(
+                f"{name_or_path}: a file; write its pipeline as a folder first, with diffusers' from_single_file(...) "
+                "and save_pretrained(...)"
+            )
         elif folder.exists() or folder.is_absolute() or str(name_or_path).count("/") != 1:
             raise ModelError(f"{name_or_path}: no such folder, and not a hub id of the form owner/name")
         else:
@@ -161,7 +173,7 @@ class Denoiser:
         *,
         seed: int,
         num_inference_steps: int = 25,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         class_labels: Sequence[int] | None = None,
         guidance_scale: float | None = None,
         decode: bool = True,
@@ -172,6 +184,7 @@ class Denoiser:
         Every image has its own generator, so image i of a seed is the same whatever the batch size.
 
         Args:
+            batch_size: images at a time; the model's own :attr:`batch_size` when None.
             class_labels: of a model with a condition, the labels to draw, in turn.
             guidance_scale: classifier-free guidance (Ho and Salimans 2022) away from ``null_label``; 1 is none, the
                 model's own :attr:`guidance_scale` when None.
@@ -197,8 +210,9 @@ class Denoiser:
         )
         labels = None if class_labels is None else in_turn(class_labels, num_images)
         scheduler = DDIMScheduler.from_config(self.scheduler.config)
-        bar = tqdm(total=num_images, desc=progress, unit="img", disable=progress is None, leave=False)
-        batches = []
+        batch_size = batch_size or self.batch_size
+        batches, total = [], num_images * num_inference_steps
+        bar = tqdm(total=total, desc=progress, unit="step", disable=progress is None, leave=False)
         for start in range(0, num_images, batch_size):
             x_t = noise[start : start + batch_size].to(self.device)
             batch_labels = None if labels is None else labels[start : start + batch_size].to(self.device)
@@ -210,8 +224,8 @@ class Denoiser:
                     null = self._predict(x_t, timesteps, torch.full_like(batch_labels, self.null_label), self.model)
                     output = null + guidance_scale * (output - null)
                 x_t = scheduler.step(output, t, x_t).prev_sample
+                bar.update(len(x_t))
             batches.append((self.decode(x_t) if decode else x_t).cpu())
-            bar.update(len(x_t))
         bar.close()
         return torch.cat(batches)
 
@@ -221,7 +235,6 @@ class Denoiser:
         images: torch.Tensor,
         timesteps: Sequence[int],
         seed: int,
-        batch_size: int = 64,
         class_label: int | None = None,
     ) -> torch.Tensor:
         """What the frozen network sees in clean images, for telling kinds of images apart without labels.
@@ -239,7 +252,7 @@ class Denoiser:
         hook = mid_block and mid_block.register_forward_hook(lambda _, __, out: captured.append(out.mean((2, 3))))
         rows = []
         try:
-            for batch in images.split(batch_size):
+            for batch in images.split(self.batch_size):
                 columns = []
                 for t in timesteps:
                     steps = torch.full((len(batch),), t, device=self.device)
@@ -311,7 +324,9 @@ def _check_folder(folder: Path) -> tuple[Path, Path | None]:
 
 def stored_dtype(unet_folder: Path) -> torch.dtype:
     """What the weights are on disk, before they were loaded as something else."""
-    with safe_open(next(iter(sorted(unet_folder.glob("*.safetensors")))), framework="pt") as stored:
+    # A folder may hold variants beside what is loaded, as ``diffusion_pytorch_model.fp16.safetensors``.
+    files = sorted(unet_folder.glob("*.safetensors"), key=lambda f: (f.name != SAFETENSORS_WEIGHTS_NAME, f.name))
+    with safe_open(files[0], framework="pt") as stored:
         return stored.get_tensor(next(iter(stored.keys()))).dtype
 
 

@@ -37,7 +37,7 @@ def merge(model: str | Path, adapter: str | Path, output_dir: str | Path, dtype:
         ModelError, ConfigError, AdapterError: a part is missing or does not fit, before anything is written.
         AdapterError: what was written does not read back as it should; ``output_dir`` is then left as it was.
     """
-    denoiser = open_denoiser(model)
+    denoiser = open_denoiser(model, whole=True)
     kept = DTYPES[dtype] if dtype else denoiser.stored_dtype
     denoiser.model = load_adapter(denoiser.model, adapter).merge_and_unload(safe_merge=True).to(kept)
     with atomic_folder(Path(output_dir)) as fresh:

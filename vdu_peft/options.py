@@ -79,7 +79,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     sub.add_argument("--num_images", type=int, default=64)
     sub.add_argument("--class_labels", type=int, nargs="+", help="of a class-conditional model: draw these in turn")
     sub.add_argument("--prompt", nargs="+", default=[], help="of a text-to-image model: draw these in turn")
-    sub.add_argument("--guidance_scale", type=float, help="of a text-to-image model; default 7.5")
+    sub.add_argument("--guidance_scale", type=float, help="of a text-to-image model; default the stock pipeline's")
     sub.add_argument("--num_inference_steps", type=int, default=25)
     sub.add_argument("--output_file", type=Path, default=Path("samples.png"))
     sub.add_argument("--seed", type=int, default=0)

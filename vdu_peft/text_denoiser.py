@@ -13,8 +13,11 @@ from diffusers import DDPMScheduler, DiffusionPipeline
 
 from vdu_peft.denoiser import Denoiser, ModelError, stored_dtype
 
-# By name: importing them loads transformers, which takes seconds and says so on every command.
-FAMILIES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+# By name: importing them loads transformers, which takes seconds and says so on every command. Each with its stock
+# guidance: without guidance their samples are no examples of what to retain.
+FAMILIES = {"StableDiffusionPipeline": 7.5, "StableDiffusionXLPipeline": 5.0}
+# Prompts that go through the text encoders at a time.
+PROMPT_BATCH_SIZE = 32
 
 
 def neutral_prompts() -> list[str]:
@@ -50,9 +53,7 @@ class TextDenoiser(Denoiser):
         ModelError: another family, or a UNet with inputs besides the latents (inpainting, depth).
     """
 
-    guidance_scale = (
-        7.5  # the stock pipelines' default: without guidance their samples are no examples of what to retain
-    )
+    batch_size = 4
 
     def __init__(self, pipeline: DiffusionPipeline, prompts: Sequence[str]):
         if type(pipeline).__name__ not in FAMILIES:
@@ -66,12 +67,20 @@ class TextDenoiser(Denoiser):
                 f"the UNet takes {unet.config.in_channels} channels, the VAE gives {vae.config.latent_channels}: "
                 "inpainting and other image-conditioned models are not supported"
             )
+        if "beta_schedule" not in pipeline.scheduler.config or getattr(vae.config, "latents_mean", None) is not None:
+            raise ModelError(
+                f"{type(pipeline).__name__} with {type(pipeline.scheduler).__name__}: noise schedules without betas, "
+                "and latents with a mean of their own, are not supported"
+            )
         # A latent is no pixel: samplers must not clip it, whatever the scheduler's default is.
         scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
         size, factor = unet.config.sample_size, pipeline.vae_scale_factor
         height, width = (size, size) if isinstance(size, int) else size
         super().__init__(unet, scheduler, image_size=(height * factor, width * factor), channels=vae.config.in_channels)
+        self.guidance_scale = FAMILIES[type(pipeline).__name__]
         self.pipeline = pipeline
+        if vae.config.force_upcast:
+            vae.float()  # SDXL's overflows in float16
         self.latent_shape = (unet.config.in_channels, height, width)
         self.prompts = list(dict.fromkeys([*prompts, ""]))
         self.num_classes = len(self.prompts)
@@ -80,9 +89,16 @@ class TextDenoiser(Denoiser):
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | Path, prompts: Sequence[str], torch_dtype: torch.dtype = torch.float32
+        cls,
+        name_or_path: str | Path,
+        prompts: Sequence[str],
+        torch_dtype: torch.dtype = torch.float32,
+        whole: bool = False,
     ) -> "TextDenoiser":
         """Load a pipeline folder or a hub id; safetensors only.
+
+        Args:
+            whole: with its safety checker, which judges samples, has no part in what is learned and takes a gigabyte.
 
         Raises:
             ModelError: nothing there, no safetensors weights, or a family that is not supported.
@@ -92,13 +108,12 @@ class TextDenoiser(Denoiser):
             if not folder.is_dir():
                 folder = Path(DiffusionPipeline.download(str(name_or_path), use_safetensors=True))
             kind = DiffusionPipeline.load_config(str(folder)).get("_class_name")
-            # The safety checker judges samples; it has no part in what is learned, and takes a gigabyte.
             checker = {"safety_checker": None, "requires_safety_checker": False}
             pipeline = DiffusionPipeline.from_pretrained(
                 str(folder),
                 torch_dtype=torch_dtype,
                 use_safetensors=True,
-                **(checker if kind == "StableDiffusionPipeline" else {}),
+                **(checker if kind == "StableDiffusionPipeline" and not whole else {}),
             )
         except (OSError, ValueError, RuntimeError, AttributeError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -120,23 +135,31 @@ class TextDenoiser(Denoiser):
 
     @torch.no_grad()
     def _encode_prompts(self) -> dict[str, torch.Tensor]:
-        encoded = self.pipeline.encode_prompt(
-            self.prompts,
-            device=self.pipeline.device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=False,
-        )
-        embeddings = {"encoder_hidden_states": encoded[0].cpu()}
-        if type(self.pipeline).__name__ == "StableDiffusionXLPipeline":
+        xl = type(self.pipeline).__name__ == "StableDiffusionXLPipeline"
+        rows = []
+        for start in range(0, self.num_classes, PROMPT_BATCH_SIZE):
+            encoded = self.pipeline.encode_prompt(
+                self.prompts[start : start + PROMPT_BATCH_SIZE],
+                device=self.pipeline.text_encoder.device,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=False,
+            )
+            rows.append((encoded[0].cpu(), encoded[2].cpu()) if xl else (encoded[0].cpu(),))
+        names = ("encoder_hidden_states", "text_embeds")
+        embeddings = {name: torch.cat(parts) for name, parts in zip(names, zip(*rows, strict=True), strict=False)}
+        if xl:
+            if self.pipeline.config.force_zeros_for_empty_prompt:
+                for table in embeddings.values():
+                    table[self.null_label] = 0  # what the stock pipeline guides away from
             height, width = self.image_size
             time_ids = self.pipeline._get_add_time_ids(
                 (height, width),
                 (0, 0),
                 (height, width),
-                dtype=encoded[0].dtype,
+                dtype=embeddings["text_embeds"].dtype,
                 text_encoder_projection_dim=self.pipeline.text_encoder_2.config.projection_dim,
             )
-            embeddings |= {"text_embeds": encoded[2].cpu(), "time_ids": time_ids.expand(self.num_classes, -1).cpu()}
+            embeddings["time_ids"] = time_ids.expand(self.num_classes, -1).cpu()
         return embeddings
 
     def condition(self, class_labels: torch.Tensor) -> dict:
@@ -147,28 +170,27 @@ class TextDenoiser(Denoiser):
         return {**condition, "added_cond_kwargs": rows} if rows else condition
 
     @torch.no_grad()
-    def encode(self, images: torch.Tensor, batch_size: int = 8) -> torch.Tensor:
-        """Latents (N, C, h, w) float32 of images in [-1, 1]: the VAE's mode, scaled as the UNet knows them."""
-        vae = self.pipeline.vae
-        latents = [
-            vae.encode(batch.to(vae.device, vae.dtype)).latent_dist.mode().float().cpu()
-            for batch in images.split(batch_size)
-        ]
-        return torch.cat(latents) * vae.config.scaling_factor
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Latents (N, C, h, w) float32 of images in [-1, 1]: the VAE's mode, scaled as the UNet knows them.
+
+        Raises:
+            ModelError: the VAE gives what is not finite, as some do in float16.
+        """
+        vae = self.pipeline.vae.to(self.device)
+        # One at a time: at SDXL's size eight would take 20 GiB.
+        latents = torch.cat(
+            [vae.encode(x[None].to(vae.device, vae.dtype)).latent_dist.mode().float().cpu() for x in images]
+        )
+        if not latents.isfinite().all():
+            raise ModelError(f"{self.name}: its VAE gives NaN or infinite latents in {vae.dtype}; load it in float32")
+        return latents * vae.config.scaling_factor
 
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor, batch_size: int = 8) -> torch.Tensor:
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images (N, 3, H, W) float32 in [-1, 1] of latents."""
-        vae = self.pipeline.vae
-        latents = latents / vae.config.scaling_factor
-        images = [vae.decode(batch.to(vae.device, vae.dtype)).sample.float() for batch in latents.split(batch_size)]
-        return torch.cat(images).clamp(-1, 1)
-
-    def to_best_device(self) -> "TextDenoiser":
-        """Move UNet and VAE to a GPU where there is one; the text encoders have done their work. Returns self."""
-        super().to_best_device()
-        self.pipeline.vae.to(self.device)
-        return self
+        vae = self.pipeline.vae.to(self.device)
+        latents = (latents / vae.config.scaling_factor).to(vae.device, vae.dtype)
+        return torch.cat([vae.decode(z[None]).sample.float() for z in latents]).clamp(-1, 1)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the complete pipeline, all in the UNet's dtype, as safetensors."""
@@ -177,8 +199,16 @@ class TextDenoiser(Denoiser):
         self.pipeline.save_pretrained(folder, safe_serialization=True)
 
 
-def open_denoiser(name_or_path: str | Path, prompts: Sequence[str] = ()) -> Denoiser:
+def open_denoiser(
+    name_or_path: str | Path,
+    prompts: Sequence[str] = (),
+    torch_dtype: torch.dtype = torch.float32,
+    whole: bool = False,
+) -> Denoiser:
     """A :class:`TextDenoiser` of a text-to-image pipeline, a plain :class:`Denoiser` of anything else.
+
+    Args:
+        torch_dtype, whole: of a text-to-image pipeline, see :meth:`TextDenoiser.from_pretrained`.
 
     Raises:
         ModelError: as theirs, or a pipeline of another family.
@@ -188,7 +218,7 @@ def open_denoiser(name_or_path: str | Path, prompts: Sequence[str] = ()) -> Deno
     except (OSError, ValueError):
         kind = None  # no pipeline: a bare UNet folder, or a name whose trouble the denoiser tells better
     if kind in FAMILIES:
-        return TextDenoiser.from_pretrained(name_or_path, prompts)
+        return TextDenoiser.from_pretrained(name_or_path, prompts, torch_dtype, whole)
     if kind is not None and not kind.startswith(("DDPM", "DDIM")):
         known = ", ".join(["DDPMPipeline", "DDIMPipeline", *FAMILIES])
         raise ModelError(f"{name_or_path}: a {kind}, which is not supported; known are {known}")

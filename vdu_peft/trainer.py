@@ -100,6 +100,11 @@ def unlearn(
     denoiser = as_denoiser(model)
     forget = check_images(forget, denoiser.image_size, denoiser.channels, "forget images")
     forget_labels = _check_classes(denoiser, config, forget_labels, len(forget))
+    to_retain = sorted({*range(denoiser.num_classes or 0)} - _label_set(forget_labels))
+    if replay is None and len(to_retain) > config.replay_size:
+        raise ConfigError(
+            f"replay_size: {config.replay_size} images cannot show all {len(to_retain)} classes to retain"
+        )
     replay = given_replay = _check_replay(replay, replay_labels, denoiser)
     output_dir = Path(output_dir) if output_dir is not None else None
     # accelerate keeps one precision per process and refuses another: a second run may well want one.
@@ -119,10 +124,12 @@ def unlearn(
         denoiser.model.enable_gradient_checkpointing()
 
     set_seed(config.seed)
-    images, forget = forget, denoiser.encode(forget)  # once: what encodes is not needed again
+    # Once: what encodes is not needed again. A latent's mirror image is not its image's.
+    mirrored = denoiser.encode(forget.flip(-1)) if config.random_flip else None
+    images, forget = forget, denoiser.encode(forget)
     peft_model = attach(denoiser.model, adapter or VDUConfig.for_model(denoiser.model))
     if replay is None:
-        with adapter_scale(denoiser.model, 0):
+        with adapter_scale(denoiser.model, 0), accelerator.autocast():
             replay, replay_labels = generate_replay(
                 denoiser,
                 forget,
@@ -130,17 +137,23 @@ def unlearn(
                 num_inference_steps=config.replay_inference_steps,
                 keep_quantile=config.replay_keep_quantile,
                 seed=config.seed,
-                class_labels=sorted({*range(denoiser.num_classes or 0)} - _label_set(forget_labels)),
+                class_labels=to_retain,
                 progress=not bar_off,
             )
     else:
         replay = denoiser.encode(replay)
     parameters = {n: p for n, p in denoiser.model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.Adam(parameters.values(), lr=config.learning_rate)
-    forget_set = ImageDataset(forget, config.random_flip)
+    forget_set = ImageDataset(forget, mirrored)
 
     options = run_options(
-        config, peft_model.active_peft_config, images, forget_labels, given_replay, accelerator.num_processes
+        config,
+        peft_model.active_peft_config,
+        images,
+        forget_labels,
+        given_replay,
+        getattr(denoiser, "prompts", None),
+        accelerator.num_processes,
     )
     history: list[dict[str, float]] = []
     if resume:
@@ -336,10 +349,15 @@ def run_status(history: list[dict[str, float]], config: UnlearnConfig) -> str:
     if _recent(history, "stability") > COLLAPSE:
         return "collapsed"
     ratio = _recent(history, "forget_ratio")
-    if ratio < NOTHING_LEARNED * history[0]["forget_ratio"]:
+    # How much of the way to the anchor's prediction is left; the ratio may well stay near 1 there.
+    left = 1.0
+    if "redirect" in history[0]:
+        first = history[:WINDOW]
+        left = _recent(history, "redirect") / max(sum(r["redirect"] for r in first) / len(first), 1e-12)
+    if ratio < NOTHING_LEARNED * history[0]["forget_ratio"] and left > 1 / NOTHING_LEARNED:
         return "nothing learned"
     # Half of the way to the target: where samples of the concept have gone in practice.
-    return "forgotten" if ratio >= (1 + config.forget_target) / 2 else "partly forgotten"
+    return "forgotten" if ratio >= (1 + config.forget_target) / 2 or left <= 0.5 else "partly forgotten"
 
 
 def _save(
@@ -356,6 +374,10 @@ def _save(
     if accelerator.is_main_process:
         rank = peft_model.active_peft_config.r
         facts = {"forget images": len(forget), "steps": len(history), "rank": rank, "seed": config.seed}
+        prompts = getattr(denoiser, "prompts", None)
+        for name, label in (("forgotten prompt", config.forget_class), ("drawn instead", config.anchor_class)):
+            if prompts and label is not None:
+                facts[name] = repr(prompts[label])
         if history:
             facts["outcome"] = run_status(history, config)
             for name, shown in (("forget ratio", "forget_ratio"), ("stability", "stability")):
