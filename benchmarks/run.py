@@ -2,7 +2,7 @@
 
     python -m benchmarks.run                     # every experiment
     python -m benchmarks.run mnist-digits        # one
-    python -m benchmarks.run mnist-digits --jobs 2 --dry-run
+    python -m benchmarks.run mnist-digits --jobs 2 --dry_run
 
 A run that has its result is not run again, so an interrupted experiment goes on where it stopped. Every run is a
 process of its own, so that its peak memory is its own. On two CPU cores ``--jobs 2``, one thread each, is faster in all
@@ -10,6 +10,7 @@ than one job after the other; times of a run are then those of a single thread.
 """
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
@@ -32,7 +34,7 @@ from benchmarks.judges import lenet
 from benchmarks.methods import METHODS
 from benchmarks.relearning import relearn
 from benchmarks.task import Task
-from vdu_peft.demo import SAMPLE_STEPS, base_denoiser, demo_images, demo_judge, demo_samples, peak_memory_mib
+from vdu_peft.demo import SAMPLE_STEPS, assets, base_denoiser, demo_images, demo_judge, demo_samples, peak_memory_mib
 from vdu_peft.evaluation import evaluate, labelled_grids
 from vdu_peft.metrics import class_shares, pul, pul_interval
 
@@ -96,7 +98,9 @@ def lenet_verdict(before: torch.Tensor, after: torch.Tensor, forget_class: int) 
 
 def before_file(item: Run, results: Path) -> Path:
     """The base model's samples, drawn once for all runs of the same number and seed."""
-    return results / f"before-{item.experiment.num_samples}-{item.seed}.safetensors"
+    weights = (assets() / "ddpm" / "unet" / SAFETENSORS_WEIGHTS_NAME).read_bytes()
+    model = hashlib.sha256(weights).hexdigest()[:8]  # another base model has other samples
+    return results / f"before-{model}-{item.experiment.num_samples}-{item.seed}.safetensors"
 
 
 def draw_before(item: Run, results: Path) -> None:
@@ -160,7 +164,7 @@ def main(argv=None) -> int:
     parser.add_argument("--experiments_dir", type=Path, default=EXPERIMENTS)
     parser.add_argument("--results_dir", type=Path, default=RESULTS)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; the cores are shared out among them")
-    parser.add_argument("--dry-run", action="store_true", help="list the missing runs and end")
+    parser.add_argument("--dry_run", action="store_true", help="list the missing runs and end")
     args = parser.parse_args(argv)
     names = args.names or sorted(file.stem for file in args.experiments_dir.glob("*.json"))
     try:

@@ -4,12 +4,14 @@ python -m benchmarks.tables
 """
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, median
 
+from benchmarks.adapter_cost import NAME as ADAPTER_COST
 from benchmarks.experiment import EXPERIMENTS, RESULTS, Entry, Experiment, ExperimentError, read_experiment
 
 # Of a grid the best is what forgets most among those that keep u-FID below this multiple of the base's FID, or, when
@@ -196,6 +198,28 @@ def section(experiment: Experiment, records: list[dict], folder: Path) -> list[s
     return [*lines, *relearning_tables(experiment, found)]
 
 
+def adapter_cost_section(record: dict) -> list[str]:
+    """What an adapter costs in use."""
+    environment, forward = record["environment"], record["forward_seconds"]
+    return [
+        "## What an adapter costs in use",
+        "",
+        f"`python -m benchmarks.adapter_cost`: the demo model with rank 4 on all layers, batch {record['batch_size']}, "
+        f"medians of {record['repeats']}; commit {environment['commit']}; {environment['machine']}, "
+        f"{environment['threads']} thread(s); torch {environment['versions']['torch']}.",
+        "",
+        "| forward pass | seconds | over the base |",
+        "|---|---|---|",
+        f"| base | {forward['base']:.3f} | 1.00 |",
+        f"| adapter | {forward['unmerged']:.3f} | {record['unmerged_ratio']:.2f} |",
+        f"| merged | {forward['merged']:.3f} | {record['merged_ratio']:.2f} |",
+        "",
+        f"A swap takes {record['swap_seconds'] * 1000:.0f} ms, {record['swap_share']:.2%} of one sampling run "
+        f"({record['sampler']}, {record['sampling_seconds']:.1f} s).",
+        "",
+    ]
+
+
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experiments_dir", type=Path, default=EXPERIMENTS)
@@ -212,6 +236,9 @@ def main(argv=None) -> int:
     except ExperimentError as error:
         print(error, file=sys.stderr)
         return 2
+    cost = args.results_dir / ADAPTER_COST
+    if cost.is_file():
+        lines += adapter_cost_section(json.loads(cost.read_text()))
     (args.output_dir / "README.md").write_text("\n".join(lines))
     return 0
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import nn
 
-from benchmarks import run, tables
+from benchmarks import adapter_cost, run, tables
 from benchmarks.baselines import erasediff, salun, selective_amnesia, siss, vdu
 from benchmarks.baselines.finetune import draw, finetune, gradients, loss, parameters
 from benchmarks.experiment import EXPERIMENTS, Entry, read_experiment
@@ -224,7 +224,7 @@ def test_small_experiment_runs_once_and_becomes_a_table(tmp_path, capsys):
     }
     (tmp_path / "small.json").write_text(json.dumps(content))
     folders = [f"--experiments_dir={tmp_path}", f"--results_dir={tmp_path / 'results'}"]
-    assert run.main(["small", "--dry-run", *folders]) == 0
+    assert run.main(["small", "--dry_run", *folders]) == 0
     assert capsys.readouterr().out.split() == ["small/ours-1-0", "small/ascent-1-0"]
     assert run.main(["small", "--jobs=2", *folders]) == 0
     files = sorted((tmp_path / "results" / "small").glob("*.json"))
@@ -266,6 +266,17 @@ def dies_on_two(item, results, threads, commit):
     if item.forget_class == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     (results / str(item.forget_class)).touch()
+
+
+def test_what_an_adapter_costs_is_measured_and_shown(tmp_path):
+    adapter_cost.main(["--repeats=2", f"--results_dir={tmp_path}"])
+    record = json.loads((tmp_path / adapter_cost.NAME).read_text())
+    forward = record["forward_seconds"]
+    assert record["unmerged_ratio"] == forward["unmerged"] / forward["base"]
+    assert record["swap_share"] < 1  # a swap of 0.5 MB against 25 passes of the network
+    folders = [f"--{name}_dir={tmp_path}" for name in ("experiments", "results", "output")]
+    assert tables.main(folders) == 0
+    assert f"| adapter | {record['forward_seconds']['unmerged']:.3f} |" in (tmp_path / "README.md").read_text()
 
 
 def test_tables_take_the_best_of_a_grid():

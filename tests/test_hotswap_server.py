@@ -129,6 +129,7 @@ def test_health_and_metrics(client):
     assert "vdu_swap_seconds_count 1.0" in metrics and "vdu_generate_seconds_count 3.0" in metrics
 
 
+@pytest.mark.slow  # half a minute of tracing; test_hotswap.py counts the compilations of the swap itself
 def test_a_compiled_model_serves_any_adapter_without_compiling_again(folder):
     from torch._dynamo.testing import CompileCounter
 
