@@ -274,7 +274,7 @@ def test_what_an_adapter_costs_is_measured_and_shown(tmp_path):
     forward = record["forward_seconds"]
     assert record["unmerged_ratio"] == forward["unmerged"] / forward["base"]
     assert record["swap_share"] < 1  # a swap of 0.5 MB against 25 passes of the network
-    folders = [f"--{name}_dir={tmp_path}" for name in ("experiments", "results", "output")]
+    folders = [f"--results_dir={tmp_path}", f"--output_dir={tmp_path}", f"--experiments_dir={tmp_path / 'none'}"]
     assert tables.main(folders) == 0
     assert f"| adapter | {record['forward_seconds']['unmerged']:.3f} |" in (tmp_path / "README.md").read_text()
 
