@@ -35,7 +35,7 @@ from benchmarks.methods import METHODS
 from benchmarks.relearning import relearn
 from benchmarks.task import Task
 from vdu_peft.demo import SAMPLE_STEPS, assets, base_denoiser, demo_images, demo_judge, demo_samples, peak_memory_mib
-from vdu_peft.evaluation import evaluate, labelled_grids
+from vdu_peft.evaluation import evaluate, held_out_loss_gap, labelled_grids
 from vdu_peft.metrics import class_shares, pul, pul_interval
 
 
@@ -54,12 +54,15 @@ def run(item: Run, results: Path, threads: int, commit: str) -> None:
         experiment.train_batch_size,
         item.seed,
     )
+    held_out = (images.reference, images.reference_labels, item.forget_class, item.seed + 1)
+    gap_before = held_out_loss_gap(denoiser, *held_out)
     set_seed(item.seed)
     start = time.process_time()
     outcome = METHODS[item.entry.method](task, **item.entry.options)
     cpu_seconds, peak_mib = time.process_time() - start, peak_memory_mib()
     after = demo_samples(denoiser, experiment.num_samples, item.seed, None)
-    report = evaluate(before, after, demo_judge(), item.forget_class, images.reference, images.reference_labels)
+    gaps = (gap_before, held_out_loss_gap(denoiser, *held_out))
+    report = evaluate(before, after, demo_judge(), item.forget_class, images.reference, images.reference_labels, gaps)
     record = {
         "spec": item.spec,
         "sampler": f"DDIM, {SAMPLE_STEPS} steps, seed {item.seed + 1}",

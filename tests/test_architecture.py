@@ -25,7 +25,7 @@ ALLOWED = {
     "checkpoint": {"adapter", "config"},
     "batch": {"config", "data", "denoiser"},
     "trainer": {"adapter", "batch", "card", "checkpoint", "config", "data", "denoiser", "objective", "replay"},
-    "evaluation": {"judge", "metrics", "version"},
+    "evaluation": {"denoiser", "judge", "metrics", "objective", "version"},
     "compose": {"adapter", "card", "config"},
     "hotswap": {"adapter", "config"},
     "export": {"adapter", "card", "config", "denoiser", "text_denoiser"},

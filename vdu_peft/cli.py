@@ -19,7 +19,7 @@ from vdu_peft.config import ConfigError, UnlearnConfig, VDUConfig
 from vdu_peft.data import DataError, ImageSource
 from vdu_peft.demo import peak_memory_mib, run_demo
 from vdu_peft.denoiser import Denoiser, ModelError
-from vdu_peft.evaluation import evaluate, labelled_grids
+from vdu_peft.evaluation import evaluate, held_out_loss_gap, labelled_grids
 from vdu_peft.export import export_lora, merge
 from vdu_peft.judge import Judge, JudgeError
 from vdu_peft.options import ADAPTER_OPTIONS, parse
@@ -258,10 +258,13 @@ def _evaluate(args: argparse.Namespace) -> int:
     sampling = {"seed": args.seed, "num_inference_steps": args.num_inference_steps}
     if denoiser.num_classes:
         sampling["class_labels"] = range(denoiser.num_classes)
+    held_out = (reference, labels, args.forget_class, args.seed)
     with adapter_scale(denoiser.model, 0):
         before = denoiser.sample(args.num_samples, progress="adapter off", **sampling)
+        gap_before = held_out_loss_gap(denoiser, *held_out)
+    gaps = (gap_before, held_out_loss_gap(denoiser, *held_out))
     after = denoiser.sample(args.num_samples, progress="adapter on", **sampling)
-    report = evaluate(before, after, judge, args.forget_class, reference, labels)
+    report = evaluate(before, after, judge, args.forget_class, reference, labels, gaps)
     context = {name: str(getattr(args, name)) for name in ("model", "adapter", "judge", "reference")}
     context["sampler"] = f"DDIM, {args.num_inference_steps} steps, seed {args.seed}"
     report.save(args.output_dir, {"adapter off": before, "adapter on": after}, **context)

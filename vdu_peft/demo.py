@@ -14,7 +14,7 @@ import torch
 from vdu_peft.config import UnlearnConfig, VDUConfig
 from vdu_peft.data import to_tensor
 from vdu_peft.denoiser import Denoiser
-from vdu_peft.evaluation import Report, evaluate, loss_plot
+from vdu_peft.evaluation import Report, evaluate, held_out_loss_gap, loss_plot
 from vdu_peft.judge import Judge
 from vdu_peft.trainer import UnlearnResult, unlearn
 
@@ -78,13 +78,16 @@ def run_demo(
     denoiser = base_denoiser()
     images = demo_images(forget_digit, denoiser)
     before = demo_samples(denoiser, num_samples, config.seed, "samples before")
+    held_out = (images.reference, images.reference_labels, forget_digit, config.seed + 1)
+    gap_before = held_out_loss_gap(denoiser, *held_out)
     unlearning_start = time.perf_counter()
     adapter = VDUConfig.for_model(denoiser.model, **adapter_options)
     result = unlearn(denoiser, images.forget, config, adapter, output_dir=output_dir)
     unlearning_seconds = time.perf_counter() - unlearning_start
     after = demo_samples(denoiser, num_samples, config.seed, "samples after")
 
-    report = evaluate(before, after, demo_judge(), forget_digit, images.reference, images.reference_labels)
+    gaps = (gap_before, held_out_loss_gap(denoiser, *held_out))
+    report = evaluate(before, after, demo_judge(), forget_digit, images.reference, images.reference_labels, gaps)
     loss_plot(result.history, output_dir / "loss.png")
     model_parameters = sum(p.numel() for p in denoiser.model.parameters()) - result.trained_parameters
     report.save(

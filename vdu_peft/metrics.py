@@ -43,6 +43,17 @@ def retained_distance(shares_before: torch.Tensor, shares_after: torch.Tensor, f
     return (before - after).abs().sum().item() / 2
 
 
+def loss_gap(losses: torch.Tensor, labels: torch.Tensor, forget_class: int) -> float:
+    """Mean denoising loss of held-out forget images minus that of held-out retained ones.
+
+    Args:
+        losses: (N,), each image's, mean over elements and timesteps.
+        labels: (N,).
+    """
+    forget = labels == forget_class
+    return (losses[forget].mean() - losses[~forget].mean()).item()
+
+
 def precision_recall(features: torch.Tensor, reference: torch.Tensor, neighbours: int = 3) -> tuple[float, float]:
     """Share of samples inside the real images' manifold, and of real images inside the samples' one.
 

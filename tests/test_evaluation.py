@@ -1,0 +1,37 @@
+"""The held-out loss gap against one image and one timestep at a time."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_unet
+from diffusers import DDPMScheduler
+
+from vdu_peft import evaluation
+from vdu_peft.denoiser import Denoiser
+from vdu_peft.evaluation import held_out_loss_gap
+from vdu_peft.metrics import loss_gap
+
+
+def test_loss_gap_by_hand():
+    losses, labels = torch.tensor([1.0, 3.0, 0.5, 0.7]), torch.tensor([2, 2, 0, 1])
+    assert loss_gap(losses, labels, 2) == pytest.approx(2.0 - 0.6)
+
+
+@pytest.mark.parametrize("num_classes", [None, 3])
+def test_held_out_loss_gap_is_the_mean_over_images_and_timesteps(monkeypatch, num_classes):
+    monkeypatch.setattr(evaluation, "LOSS_IMAGES", 6)
+    denoiser = Denoiser(tiny_unet(num_class_embeds=num_classes), DDPMScheduler())
+    denoiser.batch_size = 4
+    images, labels = torch.rand(12, 1, 8, 8) * 2 - 1, torch.arange(12) % 3
+    generator = torch.Generator().manual_seed(5)
+    total = {True: [], False: []}
+    for t in range(50, 1000, 100):
+        noise = torch.randn(6, 1, 8, 8, generator=generator)
+        for i, row in enumerate(range(0, 12, 2)):  # every other image
+            x_t = DDPMScheduler().add_noise(images[row, None], noise[i, None], torch.tensor([t]))
+            condition = {"class_labels": labels[row, None]} if num_classes else {}
+            with torch.no_grad():
+                error = F.mse_loss(denoiser.model(x_t, t, **condition).sample, noise[i, None])
+            total[labels[row].item() == 1].append(error)
+    expected = (torch.stack(total[True]).mean() - torch.stack(total[False]).mean()).item()
+    assert held_out_loss_gap(denoiser, images, labels, 1, seed=5) == pytest.approx(expected, abs=1e-5)
