@@ -25,7 +25,7 @@ from vdu_peft.metrics import (
 from vdu_peft.objective import denoising_loss
 from vdu_peft.version import __version__
 
-LOSS_IMAGES, LOSS_TIMESTEPS = 200, 10
+LOSS_IMAGES, LOSS_TIMESTEPS = 100, 5
 
 
 @dataclass(frozen=True)
