@@ -277,7 +277,8 @@ def test_demo_runs_whole_and_stock_libraries_draw_what_we_draw(tmp_path, capsys)
     assert main([*evaluate, "--forget_class=1"]) == 0
     again = json.loads((tmp_path / "report" / "report.json").read_text())
     figures = {f.name for f in fields(Report)}
-    assert {name: again[name] for name in figures} == {name: report[name] for name in figures}
+    for name in figures:  # the same samples, to the rounding of sums in float32 over several threads
+        assert again[name] == pytest.approx(report[name], rel=1e-5), name
     assert all((tmp_path / "report" / name).is_file() for name in ("grid.png", "histogram.png"))
 
     assert (
