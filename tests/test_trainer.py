@@ -18,8 +18,9 @@ from vdu_peft.adapter import AdapterError, variational_layers
 from vdu_peft.config import ConfigError
 from vdu_peft.data import DataError
 from vdu_peft.denoiser import Denoiser
+from vdu_peft.history import run_status
 from vdu_peft.replay import generate_replay
-from vdu_peft.trainer import UnlearnError, lr_factor, run_status
+from vdu_peft.trainer import UnlearnError, lr_factor
 
 FAST = UnlearnConfig(max_train_steps=6, train_batch_size=4, replay_size=8, replay_inference_steps=2)
 

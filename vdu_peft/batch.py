@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 
+from vdu_peft.classes import Classes
 from vdu_peft.config import UnlearnConfig
 from vdu_peft.data import ImageDataset
 from vdu_peft.denoiser import Denoiser
@@ -25,9 +26,9 @@ class Batch(NamedTuple):
 
 def draw_batch(
     forget_set: ImageDataset,
-    forget_labels: torch.Tensor | None,
     replay: torch.Tensor,
     replay_labels: torch.Tensor | None,
+    classes: Classes | None,
     config: UnlearnConfig,
     denoiser: Denoiser,
     accelerator: Accelerator,
@@ -48,14 +49,11 @@ def draw_batch(
     lowest = config.min_forget_timestep * num_timesteps // 1000
     timesteps = torch.stack([torch.randint(low, num_timesteps, (total,)) for low in (lowest, 0)])
     drawn = [images, noise, timesteps]
-    if forget_labels is not None:
-        labels = torch.stack([forget_labels[forget_indices], replay_labels[replay_indices]])
+    if classes is not None:
+        labels = torch.stack([classes.forget_labels[forget_indices], replay_labels[replay_indices]])
         if config.null_class is not None:
             labels = torch.where(torch.rand(2, total) < NULL_SHARE, config.null_class, labels)
-        taken = {*forget_labels.tolist(), config.null_class}
-        others = [c for c in range(denoiser.num_classes) if c not in taken]
-        candidates = torch.tensor(others if config.anchor_class is None else [config.anchor_class])
-        drawn += [labels, candidates[torch.randint(len(candidates), (1, total))]]
+        drawn += [labels, classes.anchors[torch.randint(len(classes.anchors), (1, total))]]
     share = slice(accelerator.process_index * batch_size, (accelerator.process_index + 1) * batch_size)
     return Batch(*(t[:, share].flatten(0, 1).to(accelerator.device) for t in drawn))
 

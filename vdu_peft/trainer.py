@@ -18,20 +18,12 @@ from vdu_peft.adapter import adapter_scale, attach, posterior_noise, save_adapte
 from vdu_peft.batch import Batch, draw_batch
 from vdu_peft.card import model_card
 from vdu_peft.checkpoint import load_checkpoint, run_options, save_checkpoint
+from vdu_peft.classes import check_labels, run_classes
 from vdu_peft.config import ConfigError, UnlearnConfig, VDUConfig
 from vdu_peft.data import ImageDataset, check_images
 from vdu_peft.denoiser import Denoiser, as_denoiser
+from vdu_peft.history import WINDOW, recent, run_status, should_stop
 from vdu_peft.replay import generate_replay
-
-# Steps over which the noisy per-batch terms are averaged before anything is decided from them.
-WINDOW = 20
-# The forget target holds when the mean hinge is below this: the average image is within 5 % of c.
-TARGET_TOLERANCE = 0.05
-# Below this multiple of the first step's forget ratio nothing was learned. The first step's, not 1: the fresh
-# posterior's noise alone raises the forget loss by several per cent.
-NOTHING_LEARNED = 1.05
-# Above this the model has moved, on what it should retain, by as much as its own error: it is destroyed.
-COLLAPSE = 1.0
 
 
 class UnlearnError(RuntimeError):
@@ -99,11 +91,10 @@ def unlearn(
     config = config or UnlearnConfig()
     denoiser = as_denoiser(model)
     forget = check_images(forget, denoiser.image_size, denoiser.channels, "forget images")
-    forget_labels = _check_classes(denoiser, config, forget_labels, len(forget))
-    to_retain = sorted({*range(denoiser.num_classes or 0)} - _label_set(forget_labels))
-    if replay is None and len(to_retain) > config.replay_size:
+    classes = run_classes(denoiser, config, forget_labels, len(forget))
+    if replay is None and classes and len(classes.retained) > config.replay_size:
         raise ConfigError(
-            f"replay_size: {config.replay_size} images cannot show all {len(to_retain)} classes to retain"
+            f"replay_size: {config.replay_size} images cannot show all {len(classes.retained)} classes to retain"
         )
     replay = given_replay = _check_replay(replay, replay_labels, denoiser)
     output_dir = Path(output_dir) if output_dir is not None else None
@@ -137,7 +128,7 @@ def unlearn(
                 num_inference_steps=config.replay_inference_steps,
                 keep_quantile=config.replay_keep_quantile,
                 seed=config.seed,
-                class_labels=to_retain,
+                class_labels=classes.retained if classes else (),
                 progress=not bar_off,
             )
     else:
@@ -150,7 +141,7 @@ def unlearn(
         config,
         peft_model.active_peft_config,
         images,
-        forget_labels,
+        classes.forget_labels if classes else None,
         given_replay,
         getattr(denoiser, "prompts", None),
         accelerator.num_processes,
@@ -162,7 +153,7 @@ def unlearn(
         accelerator.init_trackers("unlearn", config={k: v for k, v in asdict(config).items() if v is not None})
     bar = tqdm(total=config.max_train_steps, initial=len(history), desc="unlearn", disable=bar_off)
     with bar, _prepared(accelerator, denoiser.model, optimizer) as (network, optimizer):
-        while len(history) < config.max_train_steps and not _stop(history, config):
+        while len(history) < config.max_train_steps and not should_stop(history, config):
             step = len(history)
             # Every step has its own seed, so that a resumed run draws what the uninterrupted one would have.
             set_seed((config.seed * 1_000_003 + step) % 2**32)
@@ -170,7 +161,7 @@ def unlearn(
                 group["lr"] = config.learning_rate * lr_factor(step, config.max_train_steps)
             terms: dict[str, torch.Tensor] = {}
             for _ in range(config.gradient_accumulation_steps):
-                batch = draw_batch(forget_set, forget_labels, replay, replay_labels, config, denoiser, accelerator)
+                batch = draw_batch(forget_set, replay, replay_labels, classes, config, denoiser, accelerator)
                 if accelerator.num_processes > 1:
                     # Alike so far; the posterior's draws must be each process's own.
                     torch.manual_seed(int(torch.randint(2**31, ())) + accelerator.process_index)
@@ -240,7 +231,7 @@ def _check_replay(
     if (replay_labels is not None) != bool(denoiser.num_classes):
         raise ConfigError("replay_labels are for class-conditional models, which need one for every replay image")
     if replay_labels is not None:
-        _check_labels(replay_labels, len(replay), denoiser.num_classes, "replay")
+        check_labels(replay_labels, len(replay), denoiser.num_classes, "replay")
     return replay
 
 
@@ -252,49 +243,6 @@ def _prepared(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch
         yield network, optimizer
     finally:
         accelerator.unwrap_model(network, keep_fp32_wrapper=False)
-
-
-def _label_set(labels: torch.Tensor | None) -> set[int]:
-    return set() if labels is None else {*labels.tolist()}
-
-
-def _check_classes(
-    denoiser: Denoiser, config: UnlearnConfig, forget_labels: torch.Tensor | None, num_images: int
-) -> torch.Tensor | None:
-    """Each forget image's label, (N,), or None for an unconditional model."""
-    given = {name: getattr(config, name) for name in ("forget_class", "anchor_class", "null_class")}
-    given = {name: value for name, value in given.items() if value is not None}
-    if not denoiser.num_classes:
-        for name in [*given, *(["forget_labels"] if forget_labels is not None else [])]:
-            raise ConfigError(f"{name}: the model is unconditional; leave it out")
-        return None
-    if ("forget_class" in given) == (forget_labels is not None):
-        raise ConfigError(
-            f"forget_class: the model is class-conditional; tell under which of its {denoiser.num_classes} labels "
-            "(0 and up) it knows the forget images, or pass forget_labels, one for each"
-        )
-    for name, value in given.items():
-        if not 0 <= value < denoiser.num_classes:
-            raise ConfigError(f"{name} must lie in 0 to {denoiser.num_classes - 1}, not {value}")
-    if forget_labels is None:
-        forget_labels = torch.full((num_images,), config.forget_class)
-    _check_labels(forget_labels, num_images, denoiser.num_classes, "forget")
-    forgotten = _label_set(forget_labels)
-    for name in ("anchor_class", "null_class"):
-        if given.get(name) in forgotten:
-            raise ConfigError(f"{name}: {given[name]} is the label of a forget image; name another one")
-    if "anchor_class" not in given and {*range(denoiser.num_classes)} <= {*forgotten, config.null_class}:
-        raise ConfigError(
-            "anchor_class: the model has no other class to draw instead; pass its null_class as anchor_class"
-        )
-    return forget_labels
-
-
-def _check_labels(labels: torch.Tensor, num_images: int, num_classes: int, kind: str) -> None:
-    if labels.shape != (num_images,):
-        raise ConfigError(f"{kind}_labels: {list(labels.shape)} labels for {num_images} {kind} images")
-    if not 0 <= labels.min() <= labels.max() < num_classes:
-        raise ConfigError(f"{kind}_labels must lie in 0 to {num_classes - 1}")
 
 
 def _terms(
@@ -329,37 +277,6 @@ def _terms(
     return terms
 
 
-def _recent(history: list[dict[str, float]], name: str) -> float:
-    values = [record[name] for record in history[-WINDOW:]]
-    return sum(values) / len(values)
-
-
-def _stop(history: list[dict[str, float]], config: UnlearnConfig) -> bool:
-    if len(history) < WINDOW:
-        return False
-    if _recent(history, "stability") > COLLAPSE:
-        return True
-    # Under a condition the hinge is met long before the redirection, which has no target value of its own.
-    bounded = config.plasticity == "hinge" and "redirect" not in history[-1]
-    return config.early_stopping and bounded and _recent(history, "plasticity") < TARGET_TOLERANCE
-
-
-def run_status(history: list[dict[str, float]], config: UnlearnConfig) -> str:
-    """``forgotten``, ``partly forgotten``, or one of the silent failures: ``nothing learned``, ``collapsed``."""
-    if _recent(history, "stability") > COLLAPSE:
-        return "collapsed"
-    ratio = _recent(history, "forget_ratio")
-    # How much of the way to the anchor's prediction is left; the ratio may well stay near 1 there.
-    left = 1.0
-    if "redirect" in history[0]:
-        first = history[:WINDOW]
-        left = _recent(history, "redirect") / max(sum(r["redirect"] for r in first) / len(first), 1e-12)
-    if ratio < NOTHING_LEARNED * history[0]["forget_ratio"] and left > 1 / NOTHING_LEARNED:
-        return "nothing learned"
-    # Half of the way to the target: where samples of the concept have gone in practice.
-    return "forgotten" if ratio >= (1 + config.forget_target) / 2 or left <= 0.5 else "partly forgotten"
-
-
 def _save(
     peft_model: PeftModel,
     denoiser: Denoiser,
@@ -381,7 +298,7 @@ def _save(
         if history:
             facts["outcome"] = run_status(history, config)
             for name, shown in (("forget ratio", "forget_ratio"), ("stability", "stability")):
-                facts[f"{name}, mean of the last {min(WINDOW, len(history))} steps"] = f"{_recent(history, shown):.3g}"
+                facts[f"{name}, mean of the last {min(WINDOW, len(history))} steps"] = f"{recent(history, shown):.3g}"
         save_adapter(peft_model, output_dir / "adapter", model_card("adapter", denoiser.name, facts))
         (output_dir / "history.json").write_text(json.dumps(history) + "\n")
     accelerator.wait_for_everyone()

@@ -1,0 +1,66 @@
+"""A model's classes in a run: what is forgotten, retained, and drawn instead; checked before any work."""
+
+from typing import NamedTuple
+
+import torch
+
+from vdu_peft.config import ConfigError, UnlearnConfig
+from vdu_peft.denoiser import Denoiser
+
+
+class Classes(NamedTuple):
+    """Labels of a class-conditional model; of a text-to-image model they stand for prompts."""
+
+    forget_labels: torch.Tensor  # (N,) int64, the label under which the model knows each forget image
+    retained: list[int]  # all other labels, the null class too
+    anchors: torch.Tensor  # (K,) int64, those that a forgotten label is redirected to, one at random each time
+
+
+def run_classes(
+    denoiser: Denoiser, config: UnlearnConfig, forget_labels: torch.Tensor | None, num_images: int
+) -> Classes | None:
+    """The classes of a run on ``num_images`` forget images; None for an unconditional model.
+
+    Args:
+        forget_labels: (N,) int64; ``config.forget_class`` for all when None.
+
+    Raises:
+        ConfigError: labels that the model has not, that contradict each other, or that are missing.
+    """
+    given = {name: getattr(config, name) for name in ("forget_class", "anchor_class", "null_class")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not denoiser.num_classes:
+        for name in [*given, *(["forget_labels"] if forget_labels is not None else [])]:
+            raise ConfigError(f"{name}: the model is unconditional; leave it out")
+        return None
+    if ("forget_class" in given) == (forget_labels is not None):
+        raise ConfigError(
+            f"forget_class: the model is class-conditional; tell under which of its {denoiser.num_classes} labels "
+            "(0 and up) it knows the forget images, or pass forget_labels, one for each"
+        )
+    for name, value in given.items():
+        if not 0 <= value < denoiser.num_classes:
+            raise ConfigError(f"{name} must lie in 0 to {denoiser.num_classes - 1}, not {value}")
+    if forget_labels is None:
+        forget_labels = torch.full((num_images,), config.forget_class)
+    check_labels(forget_labels, num_images, denoiser.num_classes, "forget")
+    forgotten = {*forget_labels.tolist()}
+    for name in ("anchor_class", "null_class"):
+        if given.get(name) in forgotten:
+            raise ConfigError(f"{name}: {given[name]} is the label of a forget image; name another one")
+    retained = [label for label in range(denoiser.num_classes) if label not in forgotten]
+    others = [label for label in retained if label != config.null_class]
+    if "anchor_class" not in given and not others:
+        raise ConfigError(
+            "anchor_class: the model has no other class to draw instead; pass its null_class as anchor_class"
+        )
+    anchors = [given["anchor_class"]] if "anchor_class" in given else others
+    return Classes(forget_labels, retained, torch.tensor(anchors))
+
+
+def check_labels(labels: torch.Tensor, num_images: int, num_classes: int, kind: str) -> None:
+    """Raises ConfigError unless there is one label of the model for each image."""
+    if labels.shape != (num_images,):
+        raise ConfigError(f"{kind}_labels: {list(labels.shape)} labels for {num_images} {kind} images")
+    if not 0 <= labels.min() <= labels.max() < num_classes:
+        raise ConfigError(f"{kind}_labels must lie in 0 to {num_classes - 1}")

@@ -1,0 +1,45 @@
+"""What a run's history says: whether to go on, and how it ended."""
+
+from vdu_peft.config import UnlearnConfig
+
+# Steps over which the noisy per-batch terms are averaged before anything is decided from them.
+WINDOW = 20
+# The forget target holds when the mean hinge is below this: the average image is within 5 % of c.
+TARGET_TOLERANCE = 0.05
+# Below this multiple of the first step's forget ratio nothing was learned. The first step's, not 1: the fresh
+# posterior's noise alone raises the forget loss by several per cent.
+NOTHING_LEARNED = 1.05
+# Above this the model has moved, on what it should retain, by as much as its own error: it is destroyed.
+COLLAPSE = 1.0
+
+
+def recent(history: list[dict[str, float]], name: str) -> float:
+    """A term's mean over the last WINDOW steps."""
+    values = [record[name] for record in history[-WINDOW:]]
+    return sum(values) / len(values)
+
+
+def should_stop(history: list[dict[str, float]], config: UnlearnConfig) -> bool:
+    """The model is destroyed, or the forget target holds."""
+    if len(history) < WINDOW:
+        return False
+    if recent(history, "stability") > COLLAPSE:
+        return True
+    # Under a condition the hinge is met long before the redirection, which has no target value of its own.
+    bounded = config.plasticity == "hinge" and "redirect" not in history[-1]
+    return config.early_stopping and bounded and recent(history, "plasticity") < TARGET_TOLERANCE
+
+
+def run_status(history: list[dict[str, float]], config: UnlearnConfig) -> str:
+    """``forgotten``, ``partly forgotten``, or one of the silent failures: ``nothing learned``, ``collapsed``."""
+    if recent(history, "stability") > COLLAPSE:
+        return "collapsed"
+    ratio = recent(history, "forget_ratio")
+    # How much of the way to the anchor's prediction is left; the ratio may well stay near 1 there.
+    left = 1.0
+    if "redirect" in history[0]:
+        left = recent(history, "redirect") / max(recent(history[:WINDOW], "redirect"), 1e-12)
+    if ratio < NOTHING_LEARNED * history[0]["forget_ratio"] and left > 1 / NOTHING_LEARNED:
+        return "nothing learned"
+    # Half of the way to the target: where samples of the concept have gone in practice.
+    return "forgotten" if ratio >= (1 + config.forget_target) / 2 or left <= 0.5 else "partly forgotten"
