@@ -28,7 +28,8 @@ BATCH_SIZE, NAME = 16, "adapter-cost.json"
 
 def random_adapter(folder: Path, seed: int) -> Path:
     """An adapter of the demo model whose delta is not zero."""
-    peft_model = attach(base_denoiser().model, VDUConfig.for_model(base_denoiser().model))
+    model = base_denoiser().model
+    peft_model = attach(model, VDUConfig.for_model(model))
     torch.manual_seed(seed)
     for _, layer in variational_layers(peft_model):
         torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.01)

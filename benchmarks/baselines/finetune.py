@@ -53,6 +53,8 @@ def retained(task: Task, source: str) -> torch.Tensor:
     """What a method retains by: its own ``replay``, as our method draws it, or ``real`` images."""
     if source == "real":
         return task.retain
+    if source != "replay":
+        raise ValueError(f"retain: {source!r} is neither replay nor real")
     config = UnlearnConfig()
     images, _ = generate_replay(
         task.denoiser,

@@ -28,7 +28,8 @@ def importance_losses(task: Task) -> tuple[torch.Tensor, torch.Tensor]:
     alpha_bar = task.denoiser.scheduler.alphas_cumprod.to(retain.images.device)[retain.timesteps]
     scale, std = (v.view(-1, 1, 1, 1) for v in (alpha_bar.sqrt(), (1 - alpha_bar).sqrt()))
     from_retain = (torch.rand(len(alpha_bar), device=std.device) < 0.5).view(-1, 1, 1, 1)
-    mixed = scale * torch.where(from_retain, retain.images, forget_images) + std * retain.noise
+    chosen = torch.where(from_retain, retain.images, forget_images)
+    mixed = task.denoiser.add_noise(chosen, retain.noise, retain.timesteps)
     noises = [(mixed - scale * images) / std for images in (retain.images, forget_images)]
     # q(m|x) ∝ exp(−‖m − √ᾱ x‖² / 2σ²) = exp(−‖noise‖² / 2)
     log_density = torch.stack([-noise.square().flatten(1).sum(1) / 2 for noise in noises])
