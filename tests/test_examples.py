@@ -1,3 +1,4 @@
+import math
 import subprocess
 import sys
 from importlib.metadata import requires
@@ -5,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from diffusers import DDPMPipeline
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
@@ -51,6 +53,23 @@ def test_train_ddpm_by_class(tmp_path):
     assert denoiser.num_classes == 4  # three and the null class
     with pytest.raises(DataError, match="label_column"):
         train_ddpm.main([*command, "--class_conditional"])
+
+
+def test_min_snr_weights_of_train_ddpm():
+    import train_ddpm
+
+    scheduler = DDPMScheduler()
+    timesteps = torch.tensor([0, 10, 400, 999])
+    noise, noise_pred = torch.randn(2, 4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = 0.0
+    for i, t in enumerate(timesteps.tolist()):
+        alpha_bar = math.prod(1.0 - beta for beta in scheduler.betas[: t + 1].double().tolist())
+        snr = alpha_bar / (1.0 - alpha_bar)
+        expected += min(snr, 5.0) / snr * (noise[i] - noise_pred[i]).double().square().mean().item() / 4
+    loss = train_ddpm.denoising_loss(noise_pred, noise, timesteps, scheduler, snr_gamma=5.0)
+    assert loss.item() == pytest.approx(expected, rel=1e-4)  # compute_snr works in float32
+    plain = train_ddpm.denoising_loss(noise_pred, noise, timesteps, scheduler)
+    assert plain.item() == pytest.approx((noise - noise_pred).square().mean().item())
 
 
 def test_a_peft_outside_the_range_is_refused_at_import():
