@@ -1,6 +1,7 @@
 """Tiny models and images that several test files share."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -18,6 +19,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from vdu_peft.adapter import attach, save_adapter, variational_layers
 from vdu_peft.config import VDUConfig
+
+# Every worker of pytest-xdist has its share of the cores, and so have the processes that its tests start.
+THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+os.environ["OMP_NUM_THREADS"] = str(THREADS)
+torch.set_num_threads(THREADS)
 
 
 def tiny_unet(channels: int = 1, **options) -> UNet2DModel:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_unet
 from diffusers import UNet2DConditionModel, UNet2DModel
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
@@ -295,6 +296,28 @@ def test_scale_multiplies_the_delta(scale):
     with adapter.adapter_scale(model, scale):
         torch.testing.assert_close(model(x), at_0 + scale * (at_1 - at_0), rtol=1e-12, atol=1e-12)
     assert torch.equal(model(x), at_1)
+
+
+def test_every_block_has_its_own_scale():
+    """Against deltas scaled by hand: the longest name wins, a layer outside the blocks is left alone."""
+    options = {"target_modules": VDUConfig.for_model(tiny_unet()).target_modules, "lora_alpha": 4}
+    model, twin = trained(tiny_unet(), **options), trained(tiny_unet(), **options)
+    x_t, timesteps = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([5, 500])
+    expected = {"down_blocks": 0.5, "down_blocks.1": 0.0, "up_blocks.0.resnets": 2.0}
+    with torch.no_grad():
+        for name, layer in adapter.variational_layers(twin.get_base_model()):
+            for block, scale in expected.items():  # in order of their lengths
+                if name.startswith(block):
+                    layer.scaling["default"] = scale
+    scales = [layer.scaling["default"] for _, layer in adapter.variational_layers(twin)]
+    assert {0.0, 0.5, 1.0, 2.0} == set(scales)
+    with adapter.adapter_scale(model, dict(reversed(expected.items()))):
+        scaled = model(x_t, timesteps).sample
+    torch.testing.assert_close(scaled, twin(x_t, timesteps).sample, rtol=0, atol=1e-6)
+    assert not torch.allclose(scaled, model(x_t, timesteps).sample, atol=1e-3)
+    refused = pytest.raises(AdapterError, match="no adapted layer lies under 'down_block'")
+    with refused, adapter.adapter_scale(model, {"down_block": 0.5}):  # the name of no block, but how two begin
+        pass
 
 
 @pytest.mark.parametrize("scale", [0, 0.7])

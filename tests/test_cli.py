@@ -53,7 +53,7 @@ def test_from_a_folder_of_pictures_to_a_merged_pipeline(pipeline_folder, unlearn
     model_and_adapter = [f"--model={pipeline_folder}", f"--adapter={tmp_path / 'out' / 'adapter'}"]
     grid = tmp_path / "grid.png"
     sample = ["sample", *model_and_adapter, "--num_images=4", "--num_inference_steps=2", f"--output_file={grid}"]
-    assert main([*sample, "--scale", "0", "0.5", "1"]) == 0
+    assert main([*sample, "--scale", "0", "0.5", "1", "down_blocks=0.5,mid_block=0"]) == 0
     assert Image.open(grid).width > 3 * 8 * 8
     assert main(["inspect", *model_and_adapter]) == 0
     shown = capsys.readouterr().out
@@ -252,9 +252,10 @@ save_file(images, out)
 
 
 def test_demo_runs_whole_and_stock_libraries_draw_what_we_draw(tmp_path, capsys):
-    """Few steps and 100 samples: that every part of the demo works, not that the digit is gone."""
+    """Few steps and 100 rough samples: that every part of the demo works, not that the digit is gone."""
     out = tmp_path / "demo"
     options = ["--num-samples=100", "--max_train_steps=3", "--learning_rate=0.02", "--replay_size=32"]
+    options += ["--num_inference_steps=5", "--replay_inference_steps=5"]
     main(["demo", f"--output_dir={out}", *options])
     report = json.loads((out / "report.json").read_text())
     assert report["num_samples"] == 100 and sum(report["histogram_after"]) == pytest.approx(1)
@@ -272,6 +273,7 @@ def test_demo_runs_whole_and_stock_libraries_draw_what_we_draw(tmp_path, capsys)
     ]
     evaluate += [f"--reference={assets() / 'images.npz'}", "--image_column=reference_images"]
     evaluate += ["--label_column=reference_labels", "--num_samples=100", f"--output_dir={tmp_path / 'report'}"]
+    evaluate += ["--num_inference_steps=5"]
     assert main([*evaluate, "--forget_class=10"]) == 2
     assert "forget_class must lie in 0 to 9" in capsys.readouterr().err
     assert main([*evaluate, "--forget_class=1"]) == 0
@@ -281,9 +283,8 @@ def test_demo_runs_whole_and_stock_libraries_draw_what_we_draw(tmp_path, capsys)
         assert again[name] == pytest.approx(report[name], rel=1e-5), name
     assert all((tmp_path / "report" / name).is_file() for name in ("grid.png", "histogram.png"))
 
-    assert (
-        main(["merge", f"--model={base}", f"--adapter={out / 'adapter'}", f"--output_dir={tmp_path / 'merged'}"]) == 0
-    )
+    merge = ["merge", f"--model={base}", f"--adapter={out / 'adapter'}", f"--output_dir={tmp_path / 'merged'}"]
+    assert main([*merge, "--dtype=float32"]) == 0
     command = [sys.executable, "-c", STOCK_SAMPLES, base, out / "adapter", tmp_path / "merged", tmp_path / "stock"]
     run = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
@@ -293,6 +294,6 @@ def test_demo_runs_whole_and_stock_libraries_draw_what_we_draw(tmp_path, capsys)
     load_adapter(denoiser.model, out / "adapter")
     ours = denoiser.sample(2, seed=3, num_inference_steps=5)
     assert (ours - untouched).abs().max() > 0.1  # else an adapter that was never applied would pass
-    # float32 rounding, carried through five sampler steps; merging also rounds W + BA.
+    # float32 rounding, carried through five sampler steps.
     torch.testing.assert_close(stock["adapter"], (ours + 1) / 2, atol=1e-4, rtol=0)
-    torch.testing.assert_close(stock["merged"], (ours + 1) / 2, atol=1e-3, rtol=0)
+    torch.testing.assert_close(stock["merged"], (ours + 1) / 2, atol=1e-4, rtol=0)

@@ -3,7 +3,7 @@
 import copy
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -137,23 +137,37 @@ def posterior_sample(
 
 
 @contextmanager
-def adapter_scale(model: nn.Module, scale: float) -> Iterator[None]:
+def adapter_scale(model: nn.Module, scale: float | Mapping[str, float]) -> Iterator[None]:
     """Inside, every active adapter's delta is multiplied by ``scale``; 0 is the base model, bit for bit.
 
+    Args:
+        scale: one for all layers, or one per block of the base model, as ``{"down_blocks": 0.5, "up_blocks.1": 0}``:
+            a layer takes that of the longest name that it lies under, and 1 where there is none.
+
     Raises:
-        AdapterError: an adapter is merged.
+        AdapterError: an adapter is merged, or a block has no adapted layer.
     """
     refuse_merged(model, "adapter_scale")
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    base = getattr(model, "_orig_mod", model)  # of torch.compile
+    base = base.get_base_model() if isinstance(base, PeftModel) else base
+    named = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    blocks = scale if isinstance(scale, Mapping) else {"": scale}
+    scales = dict.fromkeys(named, 1.0)
+    for block in sorted(blocks, key=len):
+        within = [name for name in named if not block or f"{name}.".startswith(f"{block}.")]
+        if block and not within:
+            raise AdapterError(f"adapter_scale: no adapted layer lies under {block!r}; name a block of the base model")
+        scales.update(dict.fromkeys(within, blocks[block]))
+    layers = list(named.values())
     # After prepare_hotswap the scalings are tensors, which PEFT scales in place and a compiled model holds on to.
     before = [(layer.disable_adapters, copy.deepcopy(dict(layer.scaling))) for layer in layers]
-    for layer in layers:
-        if scale == 0:
+    for name, layer in named.items():
+        if scales[name] == 0:
             # Not enable_adapters(False): that also flips requires_grad, which drops the gradient hooks of
             # DistributedDataParallel, and processes would go on without each other's gradients.
             layer._disable_adapters = True
         else:
-            layer.scale_layer(scale)
+            layer.scale_layer(scales[name])
     try:
         yield
     finally:

@@ -180,7 +180,10 @@ def _sample(args: argparse.Namespace) -> int:
         denoiser.model = load_adapter(denoiser.model, args.adapter).get_base_model()
         panels = {}
         for scale in args.scale:
-            title = "adapter off" if scale == 0 else f"scale {scale:g}"
+            if isinstance(scale, dict):
+                title = ", ".join(f"{block} {value:g}" for block, value in scale.items())
+            else:
+                title = "adapter off" if scale == 0 else f"scale {scale:g}"
             with adapter_scale(denoiser.model, scale):
                 panels[title] = denoiser.sample(args.num_images, progress=title, **options)
     args.output_file.parent.mkdir(parents=True, exist_ok=True)
@@ -286,7 +289,9 @@ def _demo(args: argparse.Namespace) -> int:
     _new_folder(args.output_dir, args.overwrite)
     if args.output_dir.exists():
         shutil.rmtree(args.output_dir)
-    result, report = run_demo(args.forget_digit, args.output_dir, config, adapter_options, args.num_samples)
+    result, report = run_demo(
+        args.forget_digit, args.output_dir, config, adapter_options, args.num_samples, args.num_inference_steps
+    )
     code = _outcome(result, args.output_dir)
     print("\n".join(report.lines()))
     written = json.loads((args.output_dir / "report.json").read_text())

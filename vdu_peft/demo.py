@@ -60,10 +60,12 @@ def demo_judge() -> Judge:
     return Judge.from_file(assets() / "judge.safetensors")
 
 
-def demo_samples(denoiser: Denoiser, num_samples: int, seed: int, progress: str) -> torch.Tensor:
+def demo_samples(
+    denoiser: Denoiser, num_samples: int, seed: int, progress: str | None, num_inference_steps: int = SAMPLE_STEPS
+) -> torch.Tensor:
     """Samples for the report of a run with this seed, of the same starting noise before and after."""
     # Evaluation's seed differs from training's.
-    return denoiser.sample(num_samples, seed=seed + 1, num_inference_steps=SAMPLE_STEPS, progress=progress)
+    return denoiser.sample(num_samples, seed=seed + 1, num_inference_steps=num_inference_steps, progress=progress)
 
 
 def run_demo(
@@ -72,19 +74,20 @@ def run_demo(
     config: UnlearnConfig,
     adapter_options: dict,
     num_samples: int,
+    num_inference_steps: int = SAMPLE_STEPS,
 ) -> tuple[UnlearnResult, Report]:
     """Unlearn a digit from its 100 images; writes adapter/, report.json and the pictures."""
     start = time.perf_counter()
     denoiser = base_denoiser()
     images = demo_images(forget_digit, denoiser)
-    before = demo_samples(denoiser, num_samples, config.seed, "samples before")
+    before = demo_samples(denoiser, num_samples, config.seed, "samples before", num_inference_steps)
     held_out = (images.reference, images.reference_labels, forget_digit, config.seed + 1)
     gap_before = held_out_loss_gap(denoiser, *held_out)
     unlearning_start = time.perf_counter()
     adapter = VDUConfig.for_model(denoiser.model, **adapter_options)
     result = unlearn(denoiser, images.forget, config, adapter, output_dir=output_dir)
     unlearning_seconds = time.perf_counter() - unlearning_start
-    after = demo_samples(denoiser, num_samples, config.seed, "samples after")
+    after = demo_samples(denoiser, num_samples, config.seed, "samples after", num_inference_steps)
 
     gaps = (gap_before, held_out_loss_gap(denoiser, *held_out))
     report = evaluate(before, after, demo_judge(), forget_digit, images.reference, images.reference_labels, gaps)
@@ -103,7 +106,7 @@ def run_demo(
         unlearning_seconds=round(unlearning_seconds, 1),
         total_seconds=round(time.perf_counter() - start, 1),
         peak_memory_mib=round(peak_memory_mib()),
-        sampler=f"DDIM, {SAMPLE_STEPS} steps, seed {config.seed + 1}",
+        sampler=f"DDIM, {num_inference_steps} steps, seed {config.seed + 1}",
         config=asdict(config),
         adapter={"r": adapter.r, "prior_scale": adapter.prior_scale, "init_scale": adapter.init_scale},
     )

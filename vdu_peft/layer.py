@@ -12,6 +12,7 @@ import torch
 from packaging.specifiers import SpecifierSet
 from peft.tuners.lora import layer as lora
 from peft.tuners.lora.layer import LoraVariant
+from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
 from vdu_peft import posterior
@@ -67,6 +68,20 @@ class GaussianVariant(LoraVariant):
         return result + delta * module.scaling[active_adapter]
 
 
+def base_weight(base: nn.Module) -> torch.Tensor:
+    """The weights that a base layer computes with, float32: of bitsandbytes and torchao layers not their codes."""
+    kept = base.weight
+    weight = dequantize_module_weight(base).detach().float()
+    # On a CPU PEFT puts a copy in its place, which an 8-bit layer that has run before cannot compute with.
+    base.weight = kept
+    return weight
+
+
+def is_quantised(base: nn.Module) -> bool:
+    """Whether a base layer holds codes in place of its weights."""
+    return type(base.weight).__module__.startswith(("torchao.", "bitsandbytes."))
+
+
 class VariationalLayer:
     """What Linear and Conv2d share: the posterior's parameters and their closed forms."""
 
@@ -81,16 +96,27 @@ class VariationalLayer:
         if not hasattr(self, "lora_log_std"):
             self.lora_log_std = nn.ParameterDict()
             self.prior_std: dict[str, float] = {}
-        weight = self.get_base_layer().weight
-        rms = weight.detach().float().square().mean().sqrt().item() if not weight.is_meta else 1.0
+        base = self.get_base_layer()
+        rms = 1.0 if base.weight.is_meta else base_weight(base).square().mean().sqrt().item()
         if not math.isfinite(rms):
             raise ValueError("the base weights of a target layer hold NaN or infinite values")
         # A layer of zeros (diffusers initialises some output layers so) has no scale of its own.
-        self.prior_std[adapter_name] = config.prior_scale * (rms or 1.0 / math.sqrt(weight[0].numel()))
+        self.prior_std[adapter_name] = config.prior_scale * (rms or 1.0 / math.sqrt(base_weight(base)[0].numel()))
         super().update_layer(adapter_name, *args, config=config, **kwargs)
 
     def resolve_lora_variant(self, *, config, **kwargs) -> LoraVariant | None:
         return GaussianVariant() if config.variational else None
+
+    def merge(self, *args, **kwargs) -> None:
+        """PEFT's merge, of a base that can take it.
+
+        Raises:
+            ValueError: the base weights are quantised: the sum would be written into their codes.
+        """
+        base = self.get_base_layer()
+        if is_quantised(base):
+            raise ValueError(f"a quantised {type(base).__name__} cannot be merged into; load the base unquantised")
+        super().merge(*args, **kwargs)
 
     def factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """(mean, log_std or None, lora_A), in float32, as (groups, rows, columns)."""
@@ -122,7 +148,7 @@ class VariationalLayer:
         mean, _, lora_A = self.factors(adapter_name)
         gram = posterior.gram_matrix(lora_A, self.scaling[adapter_name])
         norm = (2 * posterior.delta_quadratic(mean, gram, 1.0)).clamp_min(0).sqrt()
-        return (norm / self.get_base_layer().weight.float().norm()).item()
+        return (norm / base_weight(self.get_base_layer()).norm()).item()
 
     def signal_to_noise(self, adapter_name: str) -> float | None:
         """Signal-to-noise power ratio of the delta; None for a deterministic adapter."""

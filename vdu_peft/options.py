@@ -75,7 +75,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     _model_argument(sub)
     sub.add_argument("--adapter", type=Path, help="folder of a saved adapter; the base alone when left out")
-    sub.add_argument("--scale", type=float, nargs="+", default=[0.0, 1.0], help="one grid for each; 0 is off, 1 is on")
+    sub.add_argument(
+        "--scale",
+        type=_scale,
+        nargs="+",
+        default=[0.0, 1.0],
+        help="one grid for each; 0 is off, 1 is on, and down_blocks=0.5,mid_block=0 scales by block",
+    )
     sub.add_argument("--num_images", type=int, default=64)
     sub.add_argument("--class_labels", type=int, nargs="+", help="of a class-conditional model: draw these in turn")
     sub.add_argument("--prompt", nargs="+", default=[], help="of a text-to-image model: draw these in turn")
@@ -150,6 +156,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     sub.add_argument("--forget-digit", type=int, default=1, choices=range(10))
     sub.add_argument("--num-samples", type=int, default=300, help="samples before and after, for the report")
+    sub.add_argument("--num_inference_steps", type=int, default=25)
     sub.add_argument("--output_dir", type=Path, default=Path("demo"))
     sub.add_argument("--overwrite", action="store_true", help="replace an existing output_dir")
     _run_arguments(sub)
@@ -180,6 +187,13 @@ def _with_config_file(parser: argparse.ArgumentParser, argv: list[str] | None) -
         elif value is not False and value is not None:
             given += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return parser.parse_args(argv[:1] + given + argv[1:])
+
+
+def _scale(text: str) -> float | dict[str, float]:
+    """A scale for all layers, or one for each block."""
+    if "=" not in text:
+        return float(text)
+    return {block.strip(): float(value) for block, value in (part.split("=") for part in text.split(","))}
 
 
 def _model_argument(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,67 @@
+"""Variational layers on bases quantised by bitsandbytes and torchao."""
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+from vdu_peft.adapter import attach, describe, posterior_noise
+from vdu_peft.config import VDUConfig
+
+
+def bitsandbytes_layer(plain: nn.Linear, kind: type[nn.Module], **options) -> nn.Module:
+    layer = kind(plain.in_features, plain.out_features, **options)
+    layer.load_state_dict(plain.state_dict())
+    return layer.to("cpu")  # moving is what quantises
+
+
+def torchao_layer(plain: nn.Linear) -> nn.Module:
+    quantize_(plain, Int8WeightOnlyConfig())
+    return plain
+
+
+QUANTISED = {
+    "bitsandbytes-8bit": lambda plain: bitsandbytes_layer(plain, bnb.nn.Linear8bitLt, has_fp16_weights=False),
+    "bitsandbytes-4bit": lambda plain: bitsandbytes_layer(plain, bnb.nn.Linear4bit, compute_dtype=torch.float32),
+    "torchao-int8": torchao_layer,
+}
+
+
+def quantised(name: str) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(QUANTISED[name](nn.Linear(64, 64)))
+
+
+@pytest.mark.parametrize("used_before", [False, True])
+@pytest.mark.parametrize("name", QUANTISED)
+def test_a_quantised_base_carries_a_posterior(name, used_before):
+    """What the base computes with is read off its own outputs, not off its codes."""
+    eye, x = torch.eye(64), torch.randn(4, 64, generator=torch.Generator().manual_seed(1))
+    twin = quantised(name)
+    with torch.no_grad():
+        weight = (twin(eye) - twin(torch.zeros(1, 64))).T
+        expected = twin(x)
+    model = quantised(name)
+    if used_before:
+        model(x)
+    peft_model = attach(model, VDUConfig(target_modules=["0"], prior_scale=0.1))
+    layer = model[0]
+    assert layer.prior_std["default"] == pytest.approx(0.1 * weight.square().mean().sqrt().item(), rel=1e-4)
+    assert torch.equal(peft_model(x), expected)  # a fresh adapter is the base
+    nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
+    delta = layer.get_delta_weight("default")
+    torch.testing.assert_close(peft_model(x), expected + x @ delta.T, atol=1e-5, rtol=0)
+    assert describe(peft_model)[0]["delta_norm"] == pytest.approx((delta.norm() / weight.norm()).item(), rel=1e-4)
+    with posterior_noise(peft_model):
+        peft_model(x).square().mean().backward()
+    gradients = [p.grad for n, p in peft_model.named_parameters() if "lora_" in n]
+    assert len(gradients) == 3 and all(g.isfinite().all() and g.abs().max() > 0 for g in gradients)
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_a_quantised_base_is_not_merged_into(name):
+    peft_model = get_peft_model(quantised(name), VDUConfig(target_modules=["0"]))
+    with pytest.raises(ValueError, match="a quantised .* cannot be merged into; load the base unquantised"):
+        peft_model.merge_and_unload()
