@@ -42,7 +42,8 @@ ALLOWED = {
     "evaluation": {"denoiser", "judge", "metrics", "objective", "version"},
     "compose": {"adapter", "card", "config"},
     "hotswap": {"adapter", "config"},
-    "export": {"adapter", "card", "config", "denoiser", "text_denoiser"},
+    "onnx_export": {"config", "denoiser"},
+    "export": {"adapter", "card", "config", "denoiser", "onnx_export", "text_denoiser"},
     "demo": {"config", "data", "denoiser", "evaluation", "judge", "trainer"},
     "options": {"config", "export"},
     "cli": {

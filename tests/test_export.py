@@ -9,7 +9,8 @@ import pytest
 import torch
 import yaml
 from conftest import saved_adapter, tiny_text_pipeline, tiny_unet
-from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusionPipeline, UNet2DModel
+from onnxruntime import InferenceSession
 from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
@@ -51,17 +52,55 @@ def test_merged_weights_are_the_sum_rounded_once(tmp_path, base_dtype, dtype):
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "diffusers"
 
 
+@pytest.mark.parametrize("num_classes", [None, 3])
+def test_onnxruntime_gives_what_the_merged_pipeline_gives(tmp_path, num_classes):
+    model = tiny_unet(num_class_embeds=num_classes)
+    DDPMPipeline(model, DDPMScheduler()).save_pretrained(tmp_path / "base")
+    adapter = saved_adapter(tmp_path / "adapter", model=tiny_unet(num_class_embeds=num_classes))
+    merge(tmp_path / "base", adapter, tmp_path / "merged", onnx=True)
+    x_t = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(1))  # a batch that was not exported with
+    inputs = {"sample": x_t, "timestep": torch.tensor([0, 3, 99, 500, 999])}
+    if num_classes:
+        inputs["class_labels"] = torch.tensor([0, 1, 2, 1, 0])
+    session = InferenceSession(str(tmp_path / "merged" / "unet" / "model.onnx"))
+    assert [i.name for i in session.get_inputs()] == list(inputs)
+    (ours,) = session.run(["out_sample"], {name: value.numpy() for name, value in inputs.items()})
+    unet = DDPMPipeline.from_pretrained(tmp_path / "merged").unet
+    with torch.no_grad():
+        expected = unet(*inputs.values()).sample
+        untouched = model(*inputs.values()).sample
+    torch.testing.assert_close(torch.from_numpy(ours), expected, atol=1e-5, rtol=0)
+    assert (expected - untouched).abs().max() > 1e-3
+
+
+def test_onnx_of_another_network_is_refused(text_pipeline, tmp_path):
+    with pytest.raises(ConfigError, match="written of a UNet2DModel, not of a UNet2DConditionModel"):
+        merge(*text_pipeline, tmp_path / "merged", onnx=True)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_sharded_base_is_merged_whole(tmp_path):
+    model = tiny_unet()
+    model.save_pretrained(tmp_path / "base", max_shard_size="50KB")
+    assert len(list((tmp_path / "base").glob("*.safetensors"))) > 2
+    model.save_pretrained(tmp_path / "whole")
+    adapter = saved_adapter(tmp_path / "adapter")
+    weights = [merge(tmp_path / base, adapter, tmp_path / f"{base}-merged").model for base in ("base", "whole")]
+    assert all(map(torch.equal, *(m.state_dict().values() for m in weights)))
+
+
 def test_a_merge_that_does_not_read_back_is_refused(pipeline_folder, tmp_path, monkeypatch):
     """As when a disk returns something else than was written."""
     adapter = saved_adapter(tmp_path / "adapter")
-    load = DiffusionPipeline.from_pretrained
+    load = UNet2DModel.from_pretrained
 
     def flipped(folder, **options):
-        pipeline = load(folder, **options)
-        pipeline.unet.conv_in.weight.data[0, 0, 0, 0] += 1
-        return pipeline
+        unet = load(folder, **options)
+        if "merged" in folder:
+            unet.conv_in.weight.data[0, 0, 0, 0] += 1
+        return unet
 
-    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", flipped)
+    monkeypatch.setattr(UNet2DModel, "from_pretrained", flipped)
     with pytest.raises(AdapterError, match=r"conv_in.weight does not read back"):
         merge(pipeline_folder, adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()

@@ -1,14 +1,15 @@
-"""Variational layers on bases quantised by bitsandbytes and torchao."""
+"""Variational layers on bases quantised by bitsandbytes and torchao; needs the extra ``quantised``."""
 
-import bitsandbytes as bnb
 import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from vdu_peft.adapter import attach, describe, posterior_noise
 from vdu_peft.config import VDUConfig
+
+bnb = pytest.importorskip("bitsandbytes", reason="the extra quantised is not installed")
+torchao_quantization = pytest.importorskip("torchao.quantization", reason="the extra quantised is not installed")
 
 
 def bitsandbytes_layer(plain: nn.Linear, kind: type[nn.Module], **options) -> nn.Module:
@@ -18,7 +19,7 @@ def bitsandbytes_layer(plain: nn.Linear, kind: type[nn.Module], **options) -> nn
 
 
 def torchao_layer(plain: nn.Linear) -> nn.Module:
-    quantize_(plain, Int8WeightOnlyConfig())
+    torchao_quantization.quantize_(plain, torchao_quantization.Int8WeightOnlyConfig())
     return plain
 
 

@@ -205,7 +205,7 @@ def _compose(args: argparse.Namespace) -> int:
 
 def _merge(args: argparse.Namespace) -> int:
     _new_folder(args.output_dir, args.overwrite)
-    merge(args.model, args.adapter, args.output_dir, args.dtype)
+    merge(args.model, args.adapter, args.output_dir, args.dtype, args.onnx)
     print(f"wrote {args.output_dir}: load it with diffusers.DiffusionPipeline.from_pretrained")
     return 0
 

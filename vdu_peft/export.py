@@ -1,10 +1,10 @@
 """Merge the posterior mean into the base, or strip an adapter to it, for use without this package."""
 
+import hashlib
 import shutil
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig
@@ -15,40 +15,59 @@ from vdu_peft.adapter import AdapterError, atomic_folder, load_adapter, read_ada
 from vdu_peft.card import model_card
 from vdu_peft.config import ConfigError, VDUConfig
 from vdu_peft.denoiser import Denoiser
-from vdu_peft.text_denoiser import open_denoiser
+from vdu_peft.onnx_export import check_onnx, write_onnx
+from vdu_peft.text_denoiser import TextDenoiser, open_denoiser
 
 FORMATS = ("peft", "diffusers", "kohya")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def merge(model: str | Path, adapter: str | Path, output_dir: str | Path, dtype: str | None = None) -> Denoiser:
+def merge(
+    model: str | Path, adapter: str | Path, output_dir: str | Path, dtype: str | None = None, onnx: bool = False
+) -> Denoiser:
     """Write ``output_dir``, a complete diffusers pipeline with the adapter's posterior mean merged in.
 
-    The sum is made in float32, rounded once, written, and read back by stock diffusers to compare. The result
-    cannot be toggled back, which is what to release; it is still no secure erasure.
+    The sum is made in float32, layer by layer, rounded once, written, and read back by stock diffusers to compare;
+    no more than the model and one layer of it is in memory at a time. The result cannot be toggled back, which is what
+    to release; it is still no secure erasure.
 
     Args:
         dtype: ``float32``, ``float16`` or ``bfloat16`` of the written weights; the base's own when None.
+        onnx: write ``unet/model.onnx``, too, of a ``UNet2DModel``.
 
     Returns:
-        the merged denoiser, in that dtype.
+        the merged denoiser as it was read back, in that dtype.
 
     Raises:
         ModelError, ConfigError, AdapterError: a part is missing or does not fit, before anything is written.
         AdapterError: what was written does not read back as it should; ``output_dir`` is then left as it was.
     """
     denoiser = open_denoiser(model, whole=True)
+    if onnx:
+        check_onnx(denoiser)
     kept = DTYPES[dtype] if dtype else denoiser.stored_dtype
     denoiser.model = load_adapter(denoiser.model, adapter).merge_and_unload(safe_merge=True).to(kept)
     with atomic_folder(Path(output_dir)) as fresh:
         denoiser.save_pretrained(fresh)
         facts = {"adapter": Path(adapter).resolve().name, "weights": str(kept).removeprefix("torch.")}
         (fresh / "README.md").write_text(model_card("merged", denoiser.name, facts))
-        written = DiffusionPipeline.from_pretrained(fresh, use_safetensors=True).unet.state_dict()  # widened to float32
-        for name, value in denoiser.model.state_dict().items():
-            if name not in written or not torch.equal(written[name], value.float()):
+        written = {name: _digest(tensor) for name, tensor in denoiser.model.state_dict().items()}
+        kind = type(denoiser.model)
+        del denoiser.model  # a model that just fits into memory does not fit twice
+        if isinstance(denoiser, TextDenoiser):
+            denoiser.pipeline.unet = None
+        denoiser.model = kind.from_pretrained(str(fresh / "unet"), torch_dtype=kept, use_safetensors=True).eval()
+        read = {name: _digest(tensor) for name, tensor in denoiser.model.state_dict().items()}
+        for name in sorted(written.keys() | read.keys()):
+            if written.get(name) != read.get(name):
                 raise AdapterError(f"{output_dir}: {name} does not read back as it was written")
+        if onnx:
+            write_onnx(denoiser, fresh / "unet" / "model.onnx")
     return denoiser
+
+
+def _digest(tensor: torch.Tensor) -> bytes:
+    return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()).digest()
 
 
 def export_lora(adapter: str | Path, output_dir: str | Path, file_format: str = "peft") -> None:

@@ -108,6 +108,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     _model_argument(sub)
     sub.add_argument("--adapter", type=Path, required=True)
     sub.add_argument("--dtype", choices=DTYPES, help="of the written weights; the base's own when left out")
+    sub.add_argument("--onnx", action="store_true", help="write unet/model.onnx, too; of a UNet2DModel")
     _output_arguments(sub)
 
     sub = command(
