@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from datasets.exceptions import DatasetsError
 from PIL import Image
 
@@ -21,12 +22,13 @@ from vdu_peft.demo import peak_memory_mib, run_demo
 from vdu_peft.denoiser import Denoiser, ModelError
 from vdu_peft.evaluation import evaluate, held_out_loss_gap, labelled_grids
 from vdu_peft.export import export_lora, merge
+from vdu_peft.hub import HubError, check_hub, push_to_hub
 from vdu_peft.judge import Judge, JudgeError
 from vdu_peft.options import ADAPTER_OPTIONS, parse
 from vdu_peft.text_denoiser import TextDenoiser, neutral_prompts, open_denoiser, read_prompts
 from vdu_peft.trainer import UnlearnError, unlearn
 
-BAD_INPUT = (AdapterError, ConfigError, DataError, JudgeError, ModelError, DatasetsError, OSError)
+BAD_INPUT = (AdapterError, ConfigError, DataError, HubError, JudgeError, ModelError, DatasetsError, OSError)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,8 +67,23 @@ def _new_folder(folder: Path, overwrite: bool) -> None:
         raise ConfigError(f"{folder}: exists and is not empty; choose another output_dir or pass --overwrite")
 
 
+def _hub_repository(args: argparse.Namespace) -> str | None:
+    """Where to upload to, checked before any work; None for nowhere."""
+    if args.push_to_hub:
+        return check_hub(args.hub_model_id or args.output_dir.resolve().name)
+    if args.hub_model_id is not None:
+        raise ConfigError("hub_model_id: nothing is uploaded without push_to_hub")
+    return None
+
+
+def _publish(folder: Path, repository: str | None) -> None:
+    if repository is not None:
+        print(f"uploaded to {push_to_hub(folder, repository)}")
+
+
 def _unlearn(args: argparse.Namespace) -> int:
     config, adapter_options = _run_config(args)
+    repository = _hub_repository(args)
     if not args.resume_from_checkpoint:
         _new_folder(args.output_dir, args.overwrite)
     source = ImageSource(
@@ -108,7 +125,10 @@ def _unlearn(args: argparse.Namespace) -> int:
         output_dir=args.output_dir,
         resume=bool(args.resume_from_checkpoint),
     )
-    return _outcome(result, args.output_dir)
+    code = _outcome(result, args.output_dir)
+    if not result.failed and PartialState().is_main_process:
+        _publish(args.output_dir / "adapter", repository)
+    return code
 
 
 def _with_prompts(config: UnlearnConfig, denoiser: Denoiser, args: argparse.Namespace) -> UnlearnConfig:
@@ -194,27 +214,33 @@ def _sample(args: argparse.Namespace) -> int:
 
 def _compose(args: argparse.Namespace) -> int:
     _new_folder(args.output_dir, args.overwrite)
+    repository = _hub_repository(args)
     denoiser = open_denoiser(args.model)
     discarded = compose(denoiser.model, args.adapter, args.output_dir, args.rank, denoiser.name)
     worst = max(discarded, key=discarded.get)
     print(
         f"wrote {args.output_dir}; energy of the delta that the rank discards: at most {discarded[worst]:.2%} ({worst})"
     )
+    _publish(args.output_dir, repository)
     return 0
 
 
 def _merge(args: argparse.Namespace) -> int:
     _new_folder(args.output_dir, args.overwrite)
+    repository = _hub_repository(args)
     merge(args.model, args.adapter, args.output_dir, args.dtype, args.onnx)
     print(f"wrote {args.output_dir}: load it with diffusers.DiffusionPipeline.from_pretrained")
+    _publish(args.output_dir, repository)
     return 0
 
 
 def _export(args: argparse.Namespace) -> int:
     _new_folder(args.output_dir, args.overwrite)
+    repository = _hub_repository(args)
     export_lora(args.adapter, args.output_dir, args.format)
     how = "peft.PeftModel.from_pretrained" if args.format == "peft" else "a pipeline's load_lora_weights"
     print(f"wrote {args.output_dir}: load it with {how}")
+    _publish(args.output_dir, repository)
     return 0
 
 

@@ -66,6 +66,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     sub.add_argument("--overwrite", action="store_true", help="write into an output_dir that is not empty")
     sub.add_argument("--dry_run", action="store_true", help="check model, images and options, then stop")
+    _hub_arguments(sub)
     _run_arguments(sub)
 
     sub = command(
@@ -220,6 +221,12 @@ def _output_arguments(parser: argparse.ArgumentParser) -> None:
     """A folder that is written whole."""
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output_dir")
+    _hub_arguments(parser)
+
+
+def _hub_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--push_to_hub", action="store_true", help="upload the result to the Hugging Face hub")
+    parser.add_argument("--hub_model_id", help="repository to upload to; output_dir's name when left out")
 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,46 @@
+"""Publish a folder that was written, on the Hugging Face hub."""
+
+from pathlib import Path
+
+from huggingface_hub import HfApi
+
+
+class HubError(RuntimeError):
+    """The hub cannot be used; the message says why and what to do."""
+
+
+def check_hub(repo_id: str) -> str:
+    """Whether the user may write to the hub, before any work; returns the full ``owner/name``.
+
+    Args:
+        repo_id: ``owner/name``, or a name alone, which is the user's own.
+
+    Raises:
+        HubError: nobody is logged in, or the hub cannot be reached.
+    """
+    try:
+        user = HfApi().whoami()["name"]
+    except Exception as error:  # whatever the hub's transport raises
+        raise HubError(f"push_to_hub: {_first_line(error)}; log in with `hf auth login` or set HF_TOKEN") from error
+    return repo_id if "/" in repo_id else f"{user}/{repo_id}"
+
+
+def push_to_hub(folder: Path, repo_id: str) -> str:
+    """Upload all files of a folder to a model repository, which is made if need be; returns its address.
+
+    Raises:
+        HubError: the hub refuses; the folder stays as it is.
+    """
+    api = HfApi()
+    try:
+        url = api.create_repo(repo_id, exist_ok=True)
+        api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Upload with vdu_peft")
+    except Exception as error:  # whatever the hub's transport raises
+        raise HubError(
+            f"push_to_hub: {_first_line(error)}; {folder} is written, try `hf upload {repo_id} {folder}`"
+        ) from error
+    return str(url)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
