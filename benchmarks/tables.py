@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import mean, median
 
 from benchmarks.adapter_cost import NAME as ADAPTER_COST
+from benchmarks.composition import NAME as COMPOSITION
 from benchmarks.experiment import EXPERIMENTS, RESULTS, Entry, Experiment, ExperimentError, read_experiment
 
 # Of a grid the best is what forgets most among those that keep u-FID below this multiple of the base's FID, or, when
@@ -220,6 +221,33 @@ def adapter_cost_section(record: dict) -> list[str]:
     ]
 
 
+def composition_section(records: list[dict]) -> list[str]:
+    """Several digits at once: one row per way and set of digits."""
+    environments = sorted({(r["environment"]["commit"], r["environment"]["machine"]) for r in records})
+    first = records[0]
+    singles = {r["part"]["digits"][0]: r["u_fid_after"] for r in records if r["part"]["way"] == "single"}
+    lines = [
+        "## Several digits at once",
+        "",
+        f"`python -m benchmarks.composition`: the defaults of one digit for every adapter, seed "
+        f"{first['config']['seed']}; {first['num_samples']} samples, {first['sampler']}; commit "
+        f"{', '.join(commit for commit, _ in environments)}; {environments[0][1]}. PUL by the demo's judge and by "
+        "LeNet-5, of each digit in turn; u-FID against real images of the digits that are left; the ratio is over the "
+        "best of the single digits' own u-FIDs.",
+        "",
+        "| digits | way | PUL, demo judge | PUL, LeNet | u-FID before | after | ratio |",
+        "|---" * 7 + "|",
+    ]
+    for record in sorted(records, key=lambda r: (len(r["part"]["digits"]), r["part"]["digits"])):
+        digits = record["part"]["digits"]
+        puls = [", ".join(f"{record['pul'][judge][str(d)]:.1f}" for d in digits) for judge in ("demo judge", "lenet")]
+        ratio = record["u_fid_after"] / min(singles[d] for d in digits)
+        fids = [f"{record['u_fid_before']:.1f}", f"{record['u_fid_after']:.1f}", f"{ratio:.2f}"]
+        cells = [", ".join(map(str, digits)), record["part"]["way"], *puls, *fids]
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experiments_dir", type=Path, default=EXPERIMENTS)
@@ -239,6 +267,9 @@ def main(argv=None) -> int:
     cost = args.results_dir / ADAPTER_COST
     if cost.is_file():
         lines += adapter_cost_section(json.loads(cost.read_text()))
+    composed = [json.loads(file.read_text()) for file in sorted((args.results_dir / COMPOSITION).glob("*.json"))]
+    if composed:
+        lines += composition_section(composed)
     (args.output_dir / "README.md").write_text("\n".join(lines))
     return 0
 

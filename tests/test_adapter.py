@@ -549,6 +549,15 @@ def test_the_second_adapter_keeps_its_posterior(pair):
         assert layer.kl("second") == alone[name].kl("default")
 
 
+def test_a_name_that_is_part_of_a_module_s_is_refused(saved, pair):
+    """PEFT would leave the layers under that name out of what it saves and loads."""
+    folder, _ = saved
+    with pytest.raises(ConfigError, match="adapter_name '3': a part of the model's module names"):
+        adapter.load_adapter(tiny(), folder, "3")
+    with pytest.raises(ConfigError, match="adapter_name '3': a part of the model's module names"):
+        adapter.load_adapter(both(pair[0]), folder, "3")
+
+
 def test_a_second_adapter_that_does_not_fit_is_taken_off_again(pair, tmp_path):
     folders, outputs = pair
     model = adapter.load_adapter(tiny(), folders[0], "first").eval()

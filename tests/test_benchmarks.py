@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 
@@ -10,13 +11,15 @@ import torch
 from diffusers import DDPMScheduler
 from torch import nn
 
-from benchmarks import adapter_cost, run, tables
+from benchmarks import adapter_cost, composition, run, tables
 from benchmarks.baselines import erasediff, salun, selective_amnesia, siss, vdu
 from benchmarks.baselines.finetune import draw, finetune, gradients, loss, parameters
 from benchmarks.experiment import EXPERIMENTS, Entry, read_experiment
 from benchmarks.methods import METHODS
 from benchmarks.task import Task
+from vdu_peft.adapter import load_adapter
 from vdu_peft.config import UnlearnConfig, VDUConfig
+from vdu_peft.demo import base_denoiser
 from vdu_peft.denoiser import Denoiser
 from vdu_peft.trainer import lr_factor
 
@@ -277,6 +280,33 @@ def test_what_an_adapter_costs_is_measured_and_shown(tmp_path):
     folders = [f"--results_dir={tmp_path}", f"--output_dir={tmp_path}", f"--experiments_dir={tmp_path / 'none'}"]
     assert tables.main(folders) == 0
     assert f"| adapter | {record['forward_seconds']['unmerged']:.3f} |" in (tmp_path / "README.md").read_text()
+
+
+def test_digits_are_put_together_measured_and_shown(tmp_path):
+    config = UnlearnConfig(max_train_steps=2, train_batch_size=2, replay_size=4, replay_inference_steps=2)
+    setting = composition.Setting(tmp_path / "composition", 20, 2, config, "commit", torch.get_num_threads())
+    setting.results.mkdir()
+    singles, others = composition.missing((1, 7), setting)
+    assert [part.name for part in singles] == ["single-1", "single-7"]
+    assert [part.name for part in others] == ["sum-1-7", "product-1-7", "sequential-1-7", "joint-1-7"]
+    for part in [*singles, *others[:2]]:
+        composition.measure(part, setting)
+    assert composition.missing((1, 7), setting) == [[], others[2:]]
+    base, summed = base_denoiser().model, composition.plain_sum(base_denoiser().model, (1, 7), setting)
+    expected = base.conv_in.weight.detach().clone()
+    for digit in (1, 7):
+        layer = load_adapter(base_denoiser().model, setting.adapter(digit)).base_model.model.conv_in
+        expected += layer.get_delta_weight("default")
+    torch.testing.assert_close(summed.conv_in.weight, expected, atol=1e-7, rtol=0)
+    assert not torch.equal(summed.conv_in.weight, base.conv_in.weight)
+    record = json.loads((setting.results / "product-1-7.json").read_text())
+    assert record["u_fid_after"] > 0 and record["num_samples"] == 20
+    folders = [f"--results_dir={tmp_path}", f"--output_dir={tmp_path}", f"--experiments_dir={tmp_path / 'none'}"]
+    assert tables.main(folders) == 0
+    assert "| 1, 7 | product |" in (tmp_path / "README.md").read_text()
+    # Without its adapter a single is made again, but only for what is still to be put together.
+    shutil.rmtree(setting.adapter(1))
+    assert composition.missing((1, 7), setting)[0] == [singles[0]]
 
 
 def test_tables_take_the_best_of_a_grid():

@@ -29,9 +29,10 @@ def attach(model: nn.Module, config: VDUConfig, adapter_name: str = "default") -
     """Wrap a model by ``peft.get_peft_model`` and check that every target got a variational layer.
 
     Raises:
-        ConfigError: ``target_modules`` matches nothing, or matches layers that can only become plain LoRA; the
-            model is left as it was.
+        ConfigError: ``target_modules`` matches nothing, or matches layers that can only become plain LoRA, or the
+            name is part of a module's; the model is left as it was.
     """
+    _check_name(model, adapter_name)
     if any(isinstance(module, LoraLayer) for module in model.modules()):
         raise ConfigError("the model carries an adapter already; merge or unload it first")
     with _undone_on_error(model):
@@ -51,6 +52,12 @@ def attach(model: nn.Module, config: VDUConfig, adapter_name: str = "default") -
                 "cannot carry a posterior; leave them out"
             )
     return peft_model
+
+
+def _check_name(model: nn.Module, adapter_name: str) -> None:
+    """PEFT tells adapters apart by their names between dots, and would take ``down_blocks.1`` for an adapter "1"."""
+    if any(adapter_name in name.split(".") for name, _ in model.named_modules()):
+        raise ConfigError(f"adapter_name {adapter_name!r}: a part of the model's module names, too; choose another")
 
 
 def detach(model: nn.Module) -> None:
@@ -263,6 +270,7 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "defa
         peft_model = model
         if adapter_name in peft_model.peft_config:
             raise ConfigError(f"the model has an adapter {adapter_name!r} already; choose another adapter_name")
+        _check_name(peft_model, adapter_name)
         make_trainable_as_before = trainable_state(peft_model)
         try:
             peft_model.add_adapter(adapter_name, config)
