@@ -289,9 +289,9 @@ def test_digits_are_put_together_measured_and_shown(tmp_path):
     singles, others = composition.missing((1, 7), setting)
     assert [part.name for part in singles] == ["single-1", "single-7"]
     assert [part.name for part in others] == ["sum-1-7", "product-1-7", "sequential-1-7", "joint-1-7"]
-    for part in [*singles, *others[:2]]:
+    for part in [*singles, others[1]]:
         composition.measure(part, setting)
-    assert composition.missing((1, 7), setting) == [[], others[2:]]
+    assert composition.missing((1, 7), setting) == [[], [others[0], *others[2:]]]
     base, summed = base_denoiser().model, composition.plain_sum(base_denoiser().model, (1, 7), setting)
     expected = base.conv_in.weight.detach().clone()
     for digit in (1, 7):

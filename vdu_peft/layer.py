@@ -72,8 +72,10 @@ def base_weight(base: nn.Module) -> torch.Tensor:
     """The weights that a base layer computes with, float32: of bitsandbytes and torchao layers not their codes."""
     kept = base.weight
     weight = dequantize_module_weight(base).detach().float()
-    # On a CPU PEFT puts a copy in its place, which an 8-bit layer that has run before cannot compute with.
-    base.weight = kept
+    if base.weight is not kept:
+        # On a CPU PEFT puts a copy in its place, which an 8-bit layer that has run before cannot compute with. Not by
+        # assignment: with low_cpu_mem_usage that goes to the meta device.
+        base._parameters["weight"] = kept
     return weight
 
 
