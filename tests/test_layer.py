@@ -269,51 +269,6 @@ def test_compiled(name):
     assert torch.equal(compiled(x), model(x))
 
 
-def calls_of_lora_A(layer):
-    calls = []
-    for lora_A in layer.lora_A.values():
-        lora_A.register_forward_hook(lambda *_: calls.append(1))
-    return calls
-
-
-@over_layers
-@over_twins
-def test_inference_is_one_pass_and_gives_the_same(name, variational):
-    base, x = base_and_input(name)
-    model, layer = wrap(base, variational=variational, lora_dropout=0.5)
-    model.add_adapter("other", VDUConfig(r=2, target_modules=["layer"], variational=variational))
-    nn.init.normal_(layer.lora_B["other"].weight, std=0.3)
-    model.eval()
-    calls = calls_of_lora_A(layer)
-    for active in (["default"], ["default", "other"]):
-        model.base_model.set_adapter(active)
-        calls.clear()
-        expected = model(x)
-        assert len(calls) == len(active)
-        with torch.no_grad():
-            torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=0)  # sums of another order
-        # PEFT has no delta weight of a grouped convolution.
-        assert len(calls) == (2 if "grouped" in name else 1) * len(active)
-
-
-def test_inference_takes_two_passes_where_one_would_differ():
-    """With dropout in training, posterior noise, half precision (x rounds W + ΔW) and autocast."""
-    base, x = base_and_input("linear")
-    model, layer = wrap(base, lora_dropout=0.5)
-    calls = calls_of_lora_A(layer)
-    with torch.no_grad():
-        model.train()(x)
-        assert len(calls) == 1
-        with posterior_noise(model.eval()):
-            model(x)
-        assert len(calls) == 2
-        with torch.autocast("cpu", torch.bfloat16):
-            model(x)
-        assert len(calls) == 3
-        model.bfloat16()(x.bfloat16())
-        assert len(calls) == 4
-
-
 @over_layers
 @over_dtypes
 def test_mixed_batch(name, dtype):
