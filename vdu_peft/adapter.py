@@ -32,9 +32,9 @@ def attach(model: nn.Module, config: VDUConfig, adapter_name: str = "default") -
         ConfigError: ``target_modules`` matches nothing, or matches layers that can only become plain LoRA, or the
             name is part of a module's; the model is left as it was.
     """
-    _check_name(model, adapter_name)
     if any(isinstance(module, LoraLayer) for module in model.modules()):
         raise ConfigError("the model carries an adapter already; merge or unload it first")
+    _check_name(model, adapter_name)
     with _undone_on_error(model):
         try:
             peft_model = get_peft_model(model, config, adapter_name=adapter_name)

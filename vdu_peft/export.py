@@ -55,8 +55,10 @@ def merge(
         kind = type(denoiser.model)
         del denoiser.model  # a model that just fits into memory does not fit twice
         if isinstance(denoiser, TextDenoiser):
-            denoiser.pipeline.unet = None
+            del denoiser.pipeline.unet
         denoiser.model = kind.from_pretrained(str(fresh / "unet"), torch_dtype=kept, use_safetensors=True).eval()
+        if isinstance(denoiser, TextDenoiser):
+            denoiser.pipeline.register_modules(unet=denoiser.model)
         read = {name: _digest(tensor) for name, tensor in denoiser.model.state_dict().items()}
         for name in sorted(written.keys() | read.keys()):
             if written.get(name) != read.get(name):
