@@ -298,6 +298,14 @@ def test_scale_multiplies_the_delta(scale):
     assert torch.equal(model(x), at_1)
 
 
+def test_a_scale_that_is_no_number_leaves_no_trace():
+    model = trained(tiny())
+    expected = model(images())
+    with pytest.raises(TypeError), adapter.adapter_scale(model, {"0": 0.5, "3": "x"}):
+        pass
+    assert torch.equal(model(images()), expected)
+
+
 def test_every_block_has_its_own_scale():
     """Against deltas scaled by hand: the longest name wins, a layer outside the blocks is left alone."""
     options = {"target_modules": VDUConfig.for_model(tiny_unet()).target_modules, "lora_alpha": 4}

@@ -165,20 +165,19 @@ def adapter_scale(model: nn.Module, scale: float | Mapping[str, float]) -> Itera
         if block and not within:
             raise AdapterError(f"adapter_scale: no adapted layer lies under {block!r}; name a block of the base model")
         scales.update(dict.fromkeys(within, blocks[block]))
-    layers = list(named.values())
     # After prepare_hotswap the scalings are tensors, which PEFT scales in place and a compiled model holds on to.
-    before = [(layer.disable_adapters, copy.deepcopy(dict(layer.scaling))) for layer in layers]
-    for name, layer in named.items():
-        if scales[name] == 0:
-            # Not enable_adapters(False): that also flips requires_grad, which drops the gradient hooks of
-            # DistributedDataParallel, and processes would go on without each other's gradients.
-            layer._disable_adapters = True
-        else:
-            layer.scale_layer(scales[name])
+    before = [(layer.disable_adapters, copy.deepcopy(dict(layer.scaling))) for layer in named.values()]
     try:
+        for name, layer in named.items():
+            if scales[name] == 0:
+                # Not enable_adapters(False): that also flips requires_grad, which drops the gradient hooks of
+                # DistributedDataParallel, and processes would go on without each other's gradients.
+                layer._disable_adapters = True
+            else:
+                layer.scale_layer(scales[name])
         yield
     finally:
-        for layer, (disabled, scaling) in zip(layers, before, strict=True):
+        for layer, (disabled, scaling) in zip(named.values(), before, strict=True):
             layer._disable_adapters = disabled
             for name, value in scaling.items():  # unscale_layer divides, which rounds
                 if isinstance(value, torch.Tensor):

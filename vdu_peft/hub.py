@@ -10,7 +10,9 @@ class HubError(RuntimeError):
 
 
 def check_hub(repo_id: str) -> str:
-    """Whether the user may write to the hub, before any work; returns the full ``owner/name``.
+    """Whether somebody is logged in to the hub, before any work; returns the full ``owner/name``.
+
+    Whether the token may write there shows at the upload only.
 
     Args:
         repo_id: ``owner/name``, or a name alone, which is the user's own.
