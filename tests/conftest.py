@@ -10,12 +10,25 @@ from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from vdu_peft.adapter import attach, save_adapter, variational_layers
 from vdu_peft.config import VDUConfig
@@ -82,20 +95,41 @@ def tiny_tokenizer(folder) -> CLIPTokenizer:
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
 
 
-def tiny_text_pipeline(folder, family: str = "sd", prediction_type: str = "epsilon"):
-    """A random StableDiffusionPipeline (``sd``) or StableDiffusionXLPipeline (``sdxl``) for 16 x 16 images."""
+def tiny_t5() -> tuple[T5Tokenizer, T5EncoderModel]:
+    """Letters alone."""
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz"]
+    tokenizer = T5Tokenizer(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0)
+    config = T5Config(
+        vocab_size=len(pieces),
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=1,
+        num_heads=2,
+        decoder_start_token_id=0,
+    )
+    return tokenizer, T5EncoderModel(config).eval()
+
+
+def tiny_text_parts(folder, latent_channels: int, **vae_options) -> dict:
+    """VAE for 16 x 16 images and 8 x 8 latents, CLIP's tokenizer and text encoder."""
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer(folder)
     vae = AutoencoderKL(
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
+        latent_channels=latent_channels,
         norm_num_groups=4,
         sample_size=16,
         scaling_factor=0.18,
+        **vae_options,
     )
-    text_config = CLIPTextConfig(
+    return {"vae": vae.eval(), "tokenizer": tokenizer}
+
+
+def tiny_text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=16,
         intermediate_size=32,
@@ -107,6 +141,60 @@ def tiny_text_pipeline(folder, family: str = "sd", prediction_type: str = "epsil
         eos_token_id=53,
         pad_token_id=53,
     )
+
+
+def tiny_flow_pipeline(folder, family: str = "sd3", **scheduler_options):
+    """A random StableDiffusion3Pipeline (``sd3``) or FluxPipeline (``flux``) for 16 x 16 images."""
+    parts = tiny_text_parts(folder, 4, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False)
+    config = tiny_text_config(parts["tokenizer"])
+    t5_tokenizer, t5 = tiny_t5()
+    if family == "sd3":
+        parts["transformer"] = SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=1,
+            in_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=32,
+            caption_projection_dim=32,
+            pooled_projection_dim=32,
+            out_channels=4,
+        ).eval()
+        parts |= {"text_encoder": CLIPTextModelWithProjection(config).eval()}
+        parts |= {"text_encoder_2": CLIPTextModelWithProjection(config).eval(), "tokenizer_2": parts["tokenizer"]}
+        parts |= {"text_encoder_3": t5, "tokenizer_3": t5_tokenizer}
+        parts["scheduler"] = FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **scheduler_options})
+        # Its text encoders' embeddings are laid side by side, and T5's are wider.
+        parts["text_encoder_3"] = T5EncoderModel(T5Config(**{**t5.config.to_dict(), "d_model": 32})).eval()
+        pipeline = StableDiffusion3Pipeline(**parts)
+    else:
+        parts["transformer"] = FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            pooled_projection_dim=16,
+            guidance_embeds=True,
+            axes_dims_rope=(4, 4, 8),
+        ).eval()
+        parts |= {"text_encoder": CLIPTextModel(config).eval(), "text_encoder_2": t5, "tokenizer_2": t5_tokenizer}
+        options = {"shift": 3.0, "use_dynamic_shifting": True, **scheduler_options}
+        pipeline = FluxPipeline(scheduler=FlowMatchEulerDiscreteScheduler(**options), **parts)
+        pipeline.default_sample_size = 8
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_text_pipeline(folder, family: str = "sd", prediction_type: str = "epsilon"):
+    """A random pipeline for 16 x 16 images: ``sd``, ``sdxl``, or one of :func:`tiny_flow_pipeline`'s."""
+    if family in ("sd3", "flux"):
+        return tiny_flow_pipeline(folder, family)
+    parts = tiny_text_parts(folder, 4)
+    tokenizer, text_config = parts["tokenizer"], tiny_text_config(parts["tokenizer"])
     xl = family == "sdxl"
     unet = UNet2DConditionModel(
         sample_size=8,
@@ -136,7 +224,7 @@ def tiny_text_pipeline(folder, family: str = "sd", prediction_type: str = "epsil
         steps_offset=1,
         prediction_type=prediction_type,
     )
-    parts = {"vae": vae.eval(), "unet": unet.eval(), "scheduler": scheduler, "tokenizer": tokenizer}
+    parts |= {"unet": unet.eval(), "scheduler": scheduler}
     parts["text_encoder"] = CLIPTextModel(text_config).eval()
     if xl:
         parts |= {"tokenizer_2": tokenizer, "text_encoder_2": CLIPTextModelWithProjection(text_config).eval()}

@@ -99,9 +99,18 @@ def test_captions_that_do_not_match_are_named(tmp_path, content, message):
 def test_captions_need_a_column_and_a_source_that_has_them(tmp_path):
     with pytest.raises(DataError, match="name their column with caption_column"):
         ImageSource(str(tmp_path)).captions()
-    np.savez(tmp_path / "a.npz", images=np.zeros((1, 8, 8), dtype=np.uint8))
-    with pytest.raises(DataError, match="an .npz has no captions"):
-        ImageSource(str(tmp_path / "a.npz"), caption_column="text").captions()
+    arrays = {"images": np.zeros((3, 8, 8), dtype=np.uint8), "kind": np.array([0, 1, 0])}
+    np.savez(tmp_path / "a.npz", **arrays, text=np.array(["a dog", "a cat", "a cow"]), few=np.array(["a dog"]))
+    source = ImageSource(str(tmp_path / "a.npz"), caption_column="text")
+    assert source.captions() == ["a dog", "a cat", "a cow"]
+    assert replace(source, label_column="kind", labels=("0",)).captions() == ["a dog", "a cow"]
+    for column, message in (
+        ("says", "caption_column 'says' not found"),
+        ("few", r"caption_column 'few' is \[1\] values for 3 images"),
+        ("kind", "caption_column 'kind' holds int64, not text"),
+    ):
+        with pytest.raises(DataError, match=message):
+            replace(source, caption_column=column).captions()
 
 
 def test_resize_keeps_the_aspect_ratio_and_puts_transparency_on_white():

@@ -1,3 +1,4 @@
+import json
 import math
 import subprocess
 import sys
@@ -7,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler
+from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusionPipeline
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from safetensors.torch import load_file
 
-from vdu_peft.data import DataError
+from vdu_peft.data import DataError, to_tensor
 from vdu_peft.denoiser import Denoiser
+from vdu_peft.judge import AttributeJudge, JudgeError
 from vdu_peft.layer import PEFT_VERSIONS
 
 ROOT = Path(__file__).parent.parent
@@ -53,6 +56,85 @@ def test_train_ddpm_by_class(tmp_path):
     assert denoiser.num_classes == 4  # three and the null class
     with pytest.raises(DataError, match="label_column"):
         train_ddpm.main([*command, "--class_conditional"])
+
+
+@pytest.fixture
+def captioned(tmp_path):
+    """(.npz of 40 images with captions and attributes, folder of CLIP's tokenizer as it would be with eight merges)"""
+    colours, things = ["red", "blue"], ["cat", "cart", ""]
+    rows = [(colours[i % 2], things[i % 3]) for i in range(40)]
+    images = np.zeros((40, 16, 16, 3), dtype=np.uint8)
+    for image, (colour, thing) in zip(images, rows, strict=True):
+        image[..., 0 if colour == "red" else 2] = 200
+        image[4:12, 4:12, 1] = 255 * things.index(thing) // 2
+    captions = [f"{colour} {thing}".strip() for colour, thing in rows]
+    file = tmp_path / "images.npz"
+    np.savez(file, images=images, captions=captions, attributes=rows, attribute_names=["colour", "thing"])
+    merges = ["c a", "ca t</w>", "ca r", "car t</w>", "r e", "re d</w>", "d o", "do g</w>"]
+    letters = [*"abcdefghijklmnopqrstuvwxyz"]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *(merge.replace(" ", "") for merge in merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (tmp_path / "clip" / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    return file, tmp_path / "clip"
+
+
+def test_the_cut_tokenizer_reads_captions_as_the_whole_one(captioned, tmp_path):
+    import train_text_to_image
+    from transformers import CLIPTokenizer
+
+    captions = ["red cat", "blue cart"]
+    whole = CLIPTokenizer.from_pretrained(captioned[1])
+    cut = train_text_to_image.cut_tokenizer(captioned[1], captions, tmp_path / "cut", 16)
+    assert [cut.tokenize(caption) for caption in captions] == [whole.tokenize(caption) for caption in captions]
+    assert whole.tokenize("dog") == ["dog</w>"] and cut.tokenize("dog") == ["d", "o", "g</w>"]
+    assert len(cut) == len(whole) - 2 and cut.model_max_length == 16
+    assert cut("red cat").input_ids[0] == cut.bos_token_id and max(cut.get_vocab().values()) == len(cut) - 1
+
+
+def test_a_small_stable_diffusion_is_trained_and_resumed(captioned, tmp_path):
+    import train_autoencoder
+    import train_text_to_image
+
+    file, clip = captioned
+    command = [f"--train_data={file}", "--train_batch_size=8", "--checkpointing_steps=2"]
+    vae = [*command, f"--output_dir={tmp_path / 'vae'}", "--resolution=16", "--latent_channels=4"]
+    vae += ["--block_out_channels", "8", "8", "8"]
+    train_autoencoder.main([*vae, "--max_train_steps=2"])
+    train_autoencoder.main([*vae, "--max_train_steps=4", "--resume_from_checkpoint=latest"])
+    assert (tmp_path / "vae" / "reconstructions.png").is_file()
+    text = [*command, f"--output_dir={tmp_path / 'sd'}", "--caption_column=captions", f"--tokenizer={clip}"]
+    text += [f"--vae={tmp_path / 'vae' / 'vae'}", "--block_out_channels", "16", "16", "--text_channels=16"]
+    train_text_to_image.main([*text, "--max_train_steps=2"])
+    train_text_to_image.main([*text, "--max_train_steps=4", "--resume_from_checkpoint=latest"])
+    folder = tmp_path / "sd" / "pipeline"
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    assert pipeline.unet.config.sample_size == 4 and pipeline.tokenizer.model_max_length == 36
+    assert pipeline.vae.config.scaling_factor != 0.18215 and pipeline.scheduler.config.prediction_type == "v_prediction"
+    # Kept small enough to ship, and what is loaded is what was trained last.
+    stored = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    assert (folder / "held_out_captions.txt").read_text().splitlines() == ["red", "blue cat"]  # the last twentieth
+
+
+def test_an_attribute_judge_learns_and_reads_back(captioned, tmp_path):
+    import train_attribute_judge
+
+    file, _ = captioned
+    out = tmp_path / "judge.safetensors"
+    command = [f"--train_data={file}", f"--output_file={out}", "--train_batch_size=8", "--num_train_epochs=10"]
+    train_attribute_judge.main(command)
+    judge = AttributeJudge.from_file(out)
+    assert judge.attributes == {"colour": ["blue", "red"], "thing": ["", "cart", "cat"]}
+    arrays = np.load(file)
+    images = torch.stack([to_tensor(image, (16, 16), 3) for image in arrays["images"]])
+    features, found = judge.judge(images)
+    assert features.shape == (40, judge.num_features)
+    rows = list(zip(found["colour"], found["thing"], strict=True))
+    assert rows == [tuple(row) for row in arrays["attributes"].tolist()]
+    with pytest.raises(JudgeError, match="not the weights of an attribute judge"):
+        AttributeJudge.from_file(ROOT / "vdu_peft" / "assets" / "mnist" / "judge.safetensors")
 
 
 def test_min_snr_weights_of_train_ddpm():

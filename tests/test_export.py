@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import saved_adapter, tiny_text_pipeline, tiny_unet
-from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusionPipeline, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DModel
 from onnxruntime import InferenceSession
 from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter
@@ -177,6 +177,28 @@ def test_a_text_pipeline_is_merged_whole(text_pipeline, tmp_path):
     ours = (denoiser.sample(1, seed=3, num_inference_steps=4, class_labels=[0], guidance_scale=1) + 1) / 2
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "merged", safety_checker=None)
     torch.testing.assert_close(draw(pipeline), ours, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_transformers_are_exported_and_merged_too(tmp_path, family):
+    tiny_text_pipeline(tmp_path / "tokens", family).save_pretrained(tmp_path / "base")
+    denoiser = TextDenoiser.from_pretrained(tmp_path / "base", ["a cat"], resolution=16)
+    options = {"seed": 3, "num_inference_steps": 4, "class_labels": [0], "guidance_scale": 1}
+    untouched = denoiser.sample(1, **options)
+    saved_adapter(tmp_path / "adapter", model=denoiser.model, r=2, lora_alpha=60)
+    ours = (denoiser.sample(1, **options) + 1) / 2
+    assert (ours - (untouched + 1) / 2).abs().max() > 0.01
+    export_lora(tmp_path / "adapter", tmp_path / "lora", "diffusers")
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipeline.load_lora_weights(tmp_path / "lora")
+    torch.testing.assert_close(draw(pipeline), ours, atol=1e-4, rtol=0)
+    with pytest.raises(ConfigError, match="whose layers have other names there; use format diffusers"):
+        export_lora(tmp_path / "adapter", tmp_path / "kohya", "kohya")
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    merged = DiffusionPipeline.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(draw(merged), ours, atol=1e-3, rtol=0)  # W + BA added once
 
 
 def test_lora_files_are_for_text_to_image_models(tmp_path):

@@ -6,7 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import saved_adapter, tiny_text_pipeline
-from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+)
 
 from vdu_peft import UnlearnConfig, unlearn
 from vdu_peft.adapter import AdapterError, load_adapter
@@ -15,8 +19,10 @@ from vdu_peft.denoiser import ModelError
 from vdu_peft.export import merge
 from vdu_peft.text_denoiser import TextDenoiser, neutral_prompts, read_prompts
 
-FAMILIES = [("sd", "epsilon"), ("sd", "v_prediction"), ("sdxl", "epsilon")]
-over_families = pytest.mark.parametrize(("family", "prediction_type"), FAMILIES, ids=["sd-epsilon", "sd-v", "sdxl"])
+FAMILIES = [("sd", "epsilon"), ("sd", "v_prediction"), ("sdxl", "epsilon"), ("sd3", "flow"), ("flux", "flow")]
+over_families = pytest.mark.parametrize(
+    ("family", "prediction_type"), FAMILIES, ids=["sd-epsilon", "sd-v", "sdxl", "sd3", "flux"]
+)
 PROMPTS = ["a sword", "a robe", "a cat"]
 FAST = UnlearnConfig(max_train_steps=4, train_batch_size=4, replay_size=8, replay_inference_steps=2)
 
@@ -52,7 +58,52 @@ def test_samples_are_those_of_the_stock_pipeline(tmp_path, family, prediction_ty
     assert not torch.allclose(ours, other, atol=1e-3)  # the prompt matters
 
 
-@over_families
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_the_loss_of_flows_is_that_of_diffusers_training_scripts(tmp_path, images, family):
+    """Their steps, with stock parts: encode, shift and scale, mix with noise by sigma, predict the velocity."""
+    pipeline = tiny_text_pipeline(tmp_path, family)
+    denoiser = TextDenoiser(pipeline, PROMPTS)
+    schedule = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    torch.manual_seed(0)
+    indices = torch.tensor([0, 1, 100, 400, 500, 700, 900, 999])  # from noise to the clean image
+    timesteps = schedule.timesteps[indices]
+    sigmas = schedule.sigmas[indices].view(-1, 1, 1, 1)
+    with torch.no_grad():
+        latents = pipeline.vae.encode(images).latent_dist.mode()
+        latents = (latents - pipeline.vae.config.shift_factor) * pipeline.vae.config.scaling_factor
+        noise = torch.randn_like(latents)
+        x_t = (1 - sigmas) * latents + sigmas * noise
+        if family == "sd3":
+            encoded, _, pooled, _ = pipeline.encode_prompt(
+                ["a sword"] * 8, None, None, device="cpu", do_classifier_free_guidance=False
+            )
+            velocity = pipeline.transformer(
+                hidden_states=x_t, timestep=timesteps, encoder_hidden_states=encoded, pooled_projections=pooled
+            ).sample
+        else:
+            encoded, pooled, text_ids = pipeline.encode_prompt(["a sword"] * 8, None, device="cpu")
+            velocity = pipeline.transformer(
+                hidden_states=pipeline._pack_latents(x_t, 8, 4, 8, 8),
+                timestep=timesteps / 1000,
+                guidance=torch.full((8,), 3.5),
+                pooled_projections=pooled,
+                encoder_hidden_states=encoded,
+                txt_ids=text_ids,
+                img_ids=pipeline._prepare_latent_image_ids(8, 4, 4, "cpu", torch.float32),
+            ).sample
+            velocity = pipeline._unpack_latents(velocity, 16, 16, pipeline.vae_scale_factor)
+        ours = denoiser.noise_pred(
+            denoiser.add_noise(denoiser.encode(images), noise, 999 - indices),
+            999 - indices,
+            torch.full((8,), denoiser.label("a sword")),
+        )
+    # In noise units the error of the velocity is 1 - sigma times what it is in its own.
+    expected = ((1 - sigmas) * (velocity - (noise - latents))).square().mean((1, 2, 3))
+    # At the noise end the noise itself is subtracted from what is nearly it: 2e-7 of 1.
+    torch.testing.assert_close((ours - noise).square().mean((1, 2, 3)), expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(("family", "prediction_type"), FAMILIES[:3])
 def test_the_loss_is_that_of_diffusers_training_scripts(tmp_path, images, family, prediction_type):
     """Their steps, with stock parts: encode, add noise, predict, mean squared error to the scheduler's target."""
     pipeline = tiny_text_pipeline(tmp_path, family, prediction_type)
@@ -106,7 +157,11 @@ def test_unlearning_by_prompt_trains_and_saves_attention_alone(tmp_path, images,
     after = {name.replace(".base_layer", ""): p for name, p in denoiser.model.state_dict().items()}
     assert all(torch.equal(after[name], value) for name, value in before.items())
     targets = {name.split(".lora_")[0] for name in after if ".lora_" in name}
-    assert targets and all(name.endswith(("to_q", "to_k", "to_v", "to_out.0")) for name in targets)
+    projections = {"to_q", "to_k", "to_v", "to_out.0"}
+    if family in ("sd3", "flux"):
+        projections |= {"add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"}
+    found = {next((p for p in projections if name.endswith(f".{p}")), name) for name in targets}
+    assert found == projections
     again = TextDenoiser(tiny_text_pipeline(tmp_path / "tokens", family, prediction_type), PROMPTS)
     load_adapter(again.model, tmp_path / "out" / "adapter").eval()
     torch.testing.assert_close(
@@ -151,6 +206,23 @@ def test_prompts_from_a_file(tmp_path):
     with pytest.raises(ModelError, match="not a readable text file"):
         read_prompts(tmp_path / "nowhere.txt")
     assert len(neutral_prompts()) >= 20
+
+
+def test_another_resolution_is_the_stock_pipelines(tmp_path):
+    pipeline = tiny_text_pipeline(tmp_path, "flux")
+    denoiser = TextDenoiser(pipeline, PROMPTS, resolution=32)
+    ours = denoiser.sample(1, seed=0, num_inference_steps=4, class_labels=[0])
+    stock = pipeline(
+        PROMPTS[0],
+        height=32,
+        width=32,
+        num_inference_steps=4,
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+    ).images
+    torch.testing.assert_close((ours + 1) / 2, stock, atol=1e-5, rtol=0)
+    with pytest.raises(ModelError, match="resolution must be a multiple of 4, not 30"):
+        TextDenoiser(pipeline, PROMPTS, resolution=30)
 
 
 def test_a_vae_that_overflows_is_named(tmp_path, images):

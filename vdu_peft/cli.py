@@ -106,7 +106,7 @@ def _unlearn(args: argparse.Namespace) -> int:
         prompts = list(dict.fromkeys([*prompts, args.anchor_prompt, *retained]))
     # Frozen weights in what the forward computes in; the adapter stays in float32.
     dtypes = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    denoiser = open_denoiser(args.model, prompts, dtypes[config.mixed_precision])
+    denoiser = open_denoiser(args.model, prompts, dtypes[config.mixed_precision], resolution=args.resolution)
     config = _with_prompts(config, denoiser, args)
     forget_labels = torch.tensor([denoiser.label(caption) for caption in captions]) if captions else None
     forget = source.load(denoiser.image_size, denoiser.channels)
@@ -177,7 +177,7 @@ def _sample(args: argparse.Namespace) -> int:
         raise ConfigError(f"num_images must be at least 1, not {args.num_images}")
     if args.output_file.suffix.lower() not in Image.registered_extensions():
         raise ConfigError(f"{args.output_file}: not an image file name; end it in .png")
-    denoiser = open_denoiser(args.model, args.prompt).to_best_device()
+    denoiser = open_denoiser(args.model, args.prompt, resolution=args.resolution).to_best_device()
     options = {"seed": args.seed, "num_inference_steps": args.num_inference_steps}
     if isinstance(denoiser, TextDenoiser):
         if args.class_labels:

@@ -17,6 +17,8 @@ from vdu_peft.layer import VariationalConv2d, VariationalLinear
 
 # What stock LoRA training of conditional UNets and diffusion transformers adapts.
 ATTENTION_PROJECTIONS = ["to_k", "to_out.0", "to_q", "to_v"]
+# Of joint attention over text and image (Stable Diffusion 3, Flux), the text's.
+JOINT_PROJECTIONS = ["add_k_proj", "add_q_proj", "add_v_proj", "to_add_out"]
 
 # LoRA features that put something else where the posterior sits.
 _INCOMPATIBLE = ("use_dora", "use_bdlora", "use_qalora", "lora_bias", "target_parameters", "trainable_token_indices")
@@ -74,7 +76,8 @@ class VDUConfig(LoraConfig):
             rank = options.get("r", cls.r)
             names = [name for name, module in model.named_modules() if _adaptable(module, rank)]
             attention = any("transformer_blocks" in name for name in names)
-            options["target_modules"] = ATTENTION_PROJECTIONS if attention else exactly(names, model)
+            joint = JOINT_PROJECTIONS if any(name.endswith(".add_k_proj") for name in names) else []
+            options["target_modules"] = [*ATTENTION_PROJECTIONS, *joint] if attention else exactly(names, model)
         return cls(**options)
 
     def layer_scaling(self, layer: str) -> float:

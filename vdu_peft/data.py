@@ -30,7 +30,8 @@ class ImageSource:
         label_column: label column of a hub dataset, or array name in an ``.npz``.
         labels: keep only images with one of these labels (a class name or number); all when empty.
         caption_column: each image's caption: a column of ``metadata.csv`` or ``metadata.jsonl`` in the folder (beside
-            ``file_name``, as the ``datasets`` library's image folders have it), or of a hub dataset.
+            ``file_name``, as the ``datasets`` library's image folders have it), or of a hub dataset, or an array of an
+            ``.npz``.
         max_images: keep at most this many, evenly spread over the source; all when None.
     """
 
@@ -65,10 +66,7 @@ class ImageSource:
         """
         if self.caption_column is None:
             raise DataError(f"{self.path}: captions are needed; name their column with caption_column")
-        captions = self._read()[2]
-        if captions is None:
-            raise DataError(f"{self.path}: an .npz has no captions; use a folder with metadata.csv, or a hub dataset")
-        return captions
+        return self._read()[2]
 
     def load_labelled(self, image_size: tuple[int, int], channels: int) -> tuple[torch.Tensor, torch.Tensor]:
         """As :meth:`load`, with the labels, int64 (N,).
@@ -96,7 +94,7 @@ class ImageSource:
         if path.is_dir():
             labels, (images, captions) = None, self._from_folder(path)
         elif path.suffix == ".npz":
-            images, labels = self._from_npz(path)
+            images, labels, captions = self._from_npz(path)
         elif path.exists():
             raise DataError(f"{path}: not a folder of images or an .npz file; put the images in a folder")
         elif path.is_absolute() or self.path.startswith((".", "~")) or self.path.count("/") > 1:
@@ -120,7 +118,7 @@ class ImageSource:
         captions = None if self.caption_column is None else _read_captions(folder, files, self.caption_column)
         return [_open(file) for file in files], captions
 
-    def _from_npz(self, file: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    def _from_npz(self, file: Path) -> tuple[np.ndarray, np.ndarray | None, list[str] | None]:
         if not file.is_file():
             raise DataError(f"{file}: no such file")
         try:
@@ -132,20 +130,24 @@ class ImageSource:
             ) from error
         if images.ndim not in (3, 4):
             raise DataError(f"{file}: expected images [N, H, W] or [N, H, W, C], found shape {list(images.shape)}")
-        if self.label_column is None:
-            if self.labels:
-                raise DataError(
-                    f"{file}: labels asked for but no label_column; the file holds {', '.join(arrays.files)}"
-                )
-            return images, None
-        labels = arrays[self._npz_key(arrays, self.label_column, "label_column", file)]
-        if len(labels) != len(images):
-            raise DataError(f"{file}: {len(labels)} labels for {len(images)} images")
-        if not self.labels:
-            return images, labels
-        names = arrays["class_names"].tolist() if "class_names" in arrays.files else []
-        keep = np.isin(labels, _label_numbers(self.labels, names, file))
-        return images[keep], labels[keep]
+        if self.label_column is None and self.labels:
+            raise DataError(f"{file}: labels asked for but no label_column; the file holds {', '.join(arrays.files)}")
+        columns = []
+        for option in ("label_column", "caption_column"):
+            key = getattr(self, option)
+            column = None if key is None else arrays[self._npz_key(arrays, key, option, file)]
+            if column is not None and column.shape != (len(images),):
+                raise DataError(f"{file}: {option} {key!r} is {list(column.shape)} values for {len(images)} images")
+            columns.append(column)
+        labels, captions = columns
+        if captions is not None and captions.dtype.kind != "U":
+            raise DataError(f"{file}: caption_column {self.caption_column!r} holds {captions.dtype}, not text")
+        if self.labels:
+            names = arrays["class_names"].tolist() if "class_names" in arrays.files else []
+            keep = np.isin(labels, _label_numbers(self.labels, names, file))
+            images, labels = images[keep], labels[keep]
+            captions = None if captions is None else captions[keep]
+        return images, labels, None if captions is None else captions.tolist()
 
     def _npz_key(self, arrays, key: str | None, option: str, file: Path) -> str:
         if key is None and len(arrays.files) == 1:

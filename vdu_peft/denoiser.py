@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, SchedulerMixin, UNet2DModel
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch import nn
 from tqdm.auto import tqdm
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+from vdu_peft.schedule import PREDICTION_TYPES, NoiseSchedule
 
 
 class ModelError(ValueError):
@@ -29,7 +29,7 @@ class Denoiser:
         model: called as ``model(x_t, timesteps)`` with x_t (N, C, H, W) and timesteps (N,) int64, and with
             ``class_labels=`` (N,) when its config has ``num_class_embeds``; returns a tensor (N, C, H, W) or an object
             with ``.sample``. Twice the channels means that a variance is learned too; it is left alone.
-        scheduler: a diffusers scheduler; its betas and ``prediction_type`` are used.
+        scheduler: a diffusers scheduler, whose betas and ``prediction_type`` are used, or a noise schedule made of one.
         image_size: (height, width); taken from ``model.config.sample_size`` when None.
         channels: taken from ``model.config.in_channels`` when None.
 
@@ -39,13 +39,15 @@ class Denoiser:
 
     # Classifier-free guidance that its users sample with; 1 is none.
     guidance_scale = 1.0
+    # The network's name in its pipeline.
+    component = "unet"
     # Images that go through the network at a time without gradients.
     batch_size = 64
 
     def __init__(
         self,
         model: nn.Module,
-        scheduler: DDPMScheduler,
+        scheduler: SchedulerMixin | NoiseSchedule,
         image_size: tuple[int, int] | None = None,
         channels: int | None = None,
     ):
@@ -61,13 +63,8 @@ class Denoiser:
         self.null_label: int | None = None
         self.name = type(model).__name__
         self.stored_dtype = self.dtype
-        self.scheduler = DDPMScheduler.from_config(scheduler.config)
-        if self.scheduler.alphas_cumprod[-1] == 0:
-            # Zero terminal SNR: x_T is the noise itself, whose prediction has no error to compare with. The value that
-            # diffusers' own multi-step schedulers put there.
-            self.scheduler.alphas_cumprod[-1] = 2**-24
-        self.prediction_type = self.scheduler.config.prediction_type
-        if self.prediction_type not in PREDICTION_TYPES:
+        self.schedule = scheduler if isinstance(scheduler, NoiseSchedule) else NoiseSchedule(scheduler)
+        if isinstance(self.scheduler, DDPMScheduler) and self.prediction_type not in PREDICTION_TYPES:
             raise ModelError(f"prediction_type {self.prediction_type!r}; known are {', '.join(PREDICTION_TYPES)}")
 
     @classmethod
@@ -121,8 +118,16 @@ class Denoiser:
         return next(self.model.parameters(), torch.empty(0)).dtype
 
     @property
+    def scheduler(self) -> SchedulerMixin:
+        return self.schedule.scheduler
+
+    @property
+    def prediction_type(self) -> str:
+        return self.schedule.prediction_type
+
+    @property
     def num_train_timesteps(self) -> int:
-        return self.scheduler.config.num_train_timesteps
+        return self.schedule.num_train_timesteps
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """What the network denoises of images (N, C, H, W) in [-1, 1]: here the images themselves."""
@@ -137,14 +142,22 @@ class Denoiser:
         return {"class_labels": class_labels}
 
     def _predict(self, x_t, timesteps, class_labels, model: nn.Module) -> torch.Tensor:
-        """What the network predicts, float32, without a learned variance."""
+        """What the network predicts, float32, without a learned variance; timesteps as the network is told them."""
         condition = {} if class_labels is None else self.condition(class_labels)
         output = model(x_t.to(self.dtype), timesteps, **condition)
         return getattr(output, "sample", output)[:, : self.latent_shape[0]].float()
 
+    def _guided(self, x_t, timesteps, class_labels, guidance_scale: float) -> torch.Tensor:
+        """What a sampler steps by."""
+        output = self._predict(x_t, timesteps, class_labels, self.model)
+        if guidance_scale == 1:
+            return output
+        null = self._predict(x_t, timesteps, torch.full_like(class_labels, self.null_label), self.model)
+        return null + guidance_scale * (output - null)
+
     def add_noise(self, images: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε, (N, C, H, W)."""
-        return self.scheduler.add_noise(images, noise, timesteps)
+        """x_t = α_t x_0 + σ_t ε, (N, C, H, W), at timesteps (N,) int64."""
+        return self.schedule.add_noise(images, noise, timesteps)
 
     def noise_pred(
         self,
@@ -158,13 +171,9 @@ class Denoiser:
         Args:
             model: stands in for ``self.model``; the trainer passes it wrapped for several processes.
         """
-        output = self._predict(x_t, timesteps, class_labels, model or self.model)
-        if self.prediction_type == "epsilon":
-            return output
-        alpha_bar = self.scheduler.alphas_cumprod.to(x_t.device)[timesteps].view(-1, 1, 1, 1)
-        if self.prediction_type == "v_prediction":  # v = √ᾱ ε − √(1−ᾱ) x_0, Salimans and Ho 2022
-            return alpha_bar.sqrt() * output + (1 - alpha_bar).sqrt() * x_t
-        return (x_t - alpha_bar.sqrt() * output) / (1 - alpha_bar).sqrt()
+        told = self.schedule.network_timesteps.to(timesteps.device)[timesteps]
+        prediction = self._predict(x_t, told, class_labels, model or self.model)
+        return self.schedule.noise_pred(prediction, x_t, timesteps)
 
     @torch.no_grad()
     def sample(
@@ -179,7 +188,7 @@ class Denoiser:
         decode: bool = True,
         progress: str | None = None,
     ) -> torch.Tensor:
-        """Draw images with DDIM (eta 0).
+        """Draw images with DDIM (eta 0), or with Euler steps where the schedule is a flow's.
 
         Every image has its own generator, so image i of a seed is the same whatever the batch size.
 
@@ -187,7 +196,7 @@ class Denoiser:
             batch_size: images at a time; the model's own :attr:`batch_size` when None.
             class_labels: of a model with a condition, the labels to draw, in turn.
             guidance_scale: classifier-free guidance (Ho and Salimans 2022) away from ``null_label``; 1 is none, the
-                model's own :attr:`guidance_scale` when None.
+                model's own :attr:`guidance_scale` when None. A guidance-distilled model is told it instead.
             decode: False returns what :meth:`encode` would make of the images.
             progress: label of a progress bar; none when None.
 
@@ -209,21 +218,16 @@ class Denoiser:
             ]
         )
         labels = None if class_labels is None else in_turn(class_labels, num_images)
-        scheduler = DDIMScheduler.from_config(self.scheduler.config)
         batch_size = batch_size or self.batch_size
         batches, total = [], num_images * num_inference_steps
         bar = tqdm(total=total, desc=progress, unit="step", disable=progress is None, leave=False)
         for start in range(0, num_images, batch_size):
             x_t = noise[start : start + batch_size].to(self.device)
             batch_labels = None if labels is None else labels[start : start + batch_size].to(self.device)
-            scheduler.set_timesteps(num_inference_steps, device=self.device)
-            for t in scheduler.timesteps:
-                timesteps = t.expand(len(x_t))
-                output = self._predict(x_t, timesteps, batch_labels, self.model)
-                if guidance_scale != 1:
-                    null = self._predict(x_t, timesteps, torch.full_like(batch_labels, self.null_label), self.model)
-                    output = null + guidance_scale * (output - null)
-                x_t = scheduler.step(output, t, x_t).prev_sample
+            sampler = self.schedule.sampler(num_inference_steps, self.device)
+            for t in sampler.timesteps:
+                output = self._guided(x_t, t.expand(len(x_t)), batch_labels, guidance_scale)
+                x_t = sampler.step(output, t, x_t).prev_sample
                 bar.update(len(x_t))
             batches.append((self.decode(x_t) if decode else x_t).cpu())
         bar.close()
@@ -239,8 +243,8 @@ class Denoiser:
     ) -> torch.Tensor:
         """What the frozen network sees in clean images, for telling kinds of images apart without labels.
 
-        The mid block's channel means at each timestep; of a network without a ``mid_block``, its predicted
-        noise pooled to 4 x 4. One fixed noise serves all images, so that it cancels between them. A
+        The mid block's channel means at each timestep, or the middle transformer block's; of a network with neither,
+        its predicted noise pooled to 4 x 4. One fixed noise serves all images, so that it cancels between them. A
         class-conditional network sees them all under the one ``class_label``, for the same reason.
 
         Returns:
@@ -248,8 +252,8 @@ class Denoiser:
         """
         noise = torch.randn(images[:1].shape, generator=torch.Generator().manual_seed(seed))
         captured = []
-        mid_block = getattr(self.model, "mid_block", None)
-        hook = mid_block and mid_block.register_forward_hook(lambda _, __, out: captured.append(out.mean((2, 3))))
+        middle, pool = self._middle()
+        hook = middle and middle.register_forward_hook(lambda _, __, out: captured.append(pool(out)))
         rows = []
         try:
             for batch in images.split(self.batch_size):
@@ -259,15 +263,21 @@ class Denoiser:
                     x_t = self.add_noise(batch, noise.expand_as(batch), steps.cpu()).to(self.device)
                     labels = None if class_label is None else torch.full_like(steps, class_label)
                     prediction = self.noise_pred(x_t, steps, labels)
-                    pooled = (
-                        captured.pop() if mid_block else nn.functional.adaptive_avg_pool2d(prediction, 4).flatten(1)
-                    )
+                    pooled = captured.pop() if hook else nn.functional.adaptive_avg_pool2d(prediction, 4).flatten(1)
                     columns.append(pooled.float().cpu())
                 rows.append(torch.cat(columns, dim=1))
         finally:
             if hook:
                 hook.remove()
         return torch.cat(rows)
+
+    def _middle(self):
+        """The network's innermost block, and how its output becomes (N, channels)."""
+        if hasattr(self.model, "mid_block"):
+            return self.model.mid_block, lambda out: out.mean((2, 3))
+        if hasattr(self.model, "transformer_blocks"):  # diffusers' joint blocks give (text, image tokens (N, L, C))
+            return self.model.transformer_blocks[len(self.model.transformer_blocks) // 2], lambda out: out[1].mean(1)
+        return None, None
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a complete diffusers pipeline, as safetensors."""

@@ -19,6 +19,12 @@ from vdu_peft.onnx_export import check_onnx, write_onnx
 from vdu_peft.text_denoiser import TextDenoiser, open_denoiser
 
 FORMATS = ("peft", "diffusers", "kohya")
+# Where a pipeline's LoRA file keeps the layers of a network of this class.
+COMPONENTS = {
+    "UNet2DConditionModel": "unet",
+    "SD3Transformer2DModel": "transformer",
+    "FluxTransformer2DModel": "transformer",
+}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -52,13 +58,13 @@ def merge(
         facts = {"adapter": Path(adapter).resolve().name, "weights": str(kept).removeprefix("torch.")}
         (fresh / "README.md").write_text(model_card("merged", denoiser.name, facts))
         written = {name: _digest(tensor) for name, tensor in denoiser.model.state_dict().items()}
-        kind = type(denoiser.model)
+        kind, component = type(denoiser.model), denoiser.component
         del denoiser.model  # a model that just fits into memory does not fit twice
         if isinstance(denoiser, TextDenoiser):
-            del denoiser.pipeline.unet
-        denoiser.model = kind.from_pretrained(str(fresh / "unet"), torch_dtype=kept, use_safetensors=True).eval()
+            delattr(denoiser.pipeline, component)
+        denoiser.model = kind.from_pretrained(str(fresh / component), torch_dtype=kept, use_safetensors=True).eval()
         if isinstance(denoiser, TextDenoiser):
-            denoiser.pipeline.register_modules(unet=denoiser.model)
+            denoiser.pipeline.register_modules(**{component: denoiser.model})
         read = {name: _digest(tensor) for name, tensor in denoiser.model.state_dict().items()}
         for name in sorted(written.keys() | read.keys()):
             if written.get(name) != read.get(name):
@@ -78,7 +84,8 @@ def export_lora(adapter: str | Path, output_dir: str | Path, file_format: str = 
     Args:
         file_format: ``peft``, a folder for ``PeftModel.from_pretrained``: stock PEFT loads our own folders, too, with
             a warning about our options, but its hot-swapping refuses the deviations. ``diffusers``, a file for
-            ``load_lora_weights``; ``kohya``, one for ComfyUI and WebUI: for adapters of text-to-image models.
+            ``load_lora_weights``, of text-to-image models; ``kohya``, one for ComfyUI and WebUI, of Stable Diffusion
+            1, 2 and XL (ComfyUI reads the diffusers file of the later ones).
 
     Raises:
         ConfigError, AdapterError: the adapter is missing, unreadable, or of a model that no pipeline loads LoRA files
@@ -89,9 +96,14 @@ def export_lora(adapter: str | Path, output_dir: str | Path, file_format: str = 
     config = VDUConfig.from_pretrained(adapter)
     tensors = {name: t for name, t in read_adapter_weights(adapter).items() if "lora_log_std" not in name}
     base_class = (config.auto_mapping or {}).get("base_model_class")
-    if file_format != "peft" and base_class != "UNet2DConditionModel":
+    component = COMPONENTS.get(base_class)
+    if file_format != "peft" and component is None:
         raise ConfigError(
             f"{adapter}: made for a {base_class}, which no pipeline loads LoRA files for; use format peft"
+        )
+    if file_format == "kohya" and component != "unet":
+        raise ConfigError(
+            f"{adapter}: made for a {base_class}, whose layers have other names there; use format diffusers"
         )
     with atomic_folder(Path(output_dir)) as fresh:
         if file_format == "peft":
@@ -102,7 +114,7 @@ def export_lora(adapter: str | Path, output_dir: str | Path, file_format: str = 
             plain.save_pretrained(fresh)
             save_file(tensors, fresh / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         else:
-            tensors = _unscaled(tensors, config)
+            tensors = _unscaled(tensors, config, component)
             metadata = {"format": "pt"}
             if file_format == "kohya":
                 tensors = convert_state_dict_to_kohya(tensors)
@@ -114,11 +126,11 @@ def export_lora(adapter: str | Path, output_dir: str | Path, file_format: str = 
             shutil.copy(Path(adapter) / "README.md", fresh)
 
 
-def _unscaled(tensors: dict[str, torch.Tensor], config: VDUConfig) -> dict[str, torch.Tensor]:
+def _unscaled(tensors: dict[str, torch.Tensor], config: VDUConfig, component: str) -> dict[str, torch.Tensor]:
     """diffusers' names, with s = alpha / r inside ``lora_B``: without an alpha every loader takes it to be r."""
     result = {}
     for name, tensor in tensors.items():
         name = name.removeprefix("base_model.model.")
         layer = name.rsplit(".lora_", 1)[0]
-        result[f"unet.{name}"] = tensor * config.layer_scaling(layer) if ".lora_B." in name else tensor
+        result[f"{component}.{name}"] = tensor * config.layer_scaling(layer) if ".lora_B." in name else tensor
     return result

@@ -1,11 +1,12 @@
-"""A small classifier that judges generated images: class probabilities, and features for FID."""
+"""Small classifiers that judge generated images: what they show, and features for FID."""
 
+import json
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 
@@ -57,4 +58,76 @@ class Judge(nn.Module):
             judge.load_state_dict({name: tensor.float() for name, tensor in load_file(file).items()})
         except (OSError, SafetensorError, RuntimeError) as error:
             raise JudgeError(f"{file}: not the weights of a judge ({str(error).splitlines()[0]})") from error
+        return judge.eval()
+
+
+class AttributeJudge(nn.Module):
+    """Four convolutions and a head for every attribute, for RGB images of one size in [-1, 1].
+
+    Strides instead of pooling, and none in the first layer: attributes may be told by single pixels.
+
+    Args:
+        attributes: every attribute's values; the empty one, where there is one, stands for "none of them".
+        image_size: (height, width), multiples of 8.
+    """
+
+    num_features = 128
+    channels = 3
+
+    def __init__(self, attributes: dict[str, list[str]], image_size: tuple[int, int]):
+        super().__init__()
+        self.attributes = {name: list(values) for name, values in attributes.items()}
+        self.image_size = tuple(image_size)
+        blocks = []
+        for in_channels, out_channels, stride in ((3, 32, 1), (32, 64, 2), (64, 64, 2), (64, 64, 2)):
+            conv = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+            blocks += [conv, nn.BatchNorm2d(out_channels), nn.ReLU()]
+        self.convs = nn.Sequential(*blocks)
+        height, width = self.image_size
+        self.features_layer = nn.Linear(64 * (height // 8) * (width // 8), self.num_features)
+        # By number: an attribute may be called what no module may.
+        self.heads = nn.ModuleList([nn.Linear(self.num_features, len(values)) for values in attributes.values()])
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """(N, 3, H, W) in [-1, 1] → (N, 128), non-negative."""
+        return F.relu(self.features_layer(self.convs(images).flatten(1)))
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Logits (N, number of its values) of every attribute."""
+        features = F.dropout(self.features(images), 0.3, self.training)
+        return {name: head(features) for name, head in zip(self.attributes, self.heads, strict=True)}
+
+    @torch.no_grad()
+    def judge(self, images: torch.Tensor, batch_size: int = 500) -> tuple[torch.Tensor, dict[str, list[str]]]:
+        """(features (N, 128), the value of every attribute, N each) of images (N, 3, H, W) in [-1, 1]."""
+        features = torch.cat([self.features(batch) for batch in images.split(batch_size)])
+        found = {}
+        for (name, values), head in zip(self.attributes.items(), self.heads, strict=True):
+            found[name] = [values[i] for i in head(features).argmax(1)]
+        return features, found
+
+    def save(self, file: str | Path, **facts: str) -> None:
+        """Write float16 weights with attributes, image size and ``facts`` in the header."""
+        header = {"attributes": json.dumps(self.attributes), "image_size": json.dumps(self.image_size), **facts}
+        tensors = {
+            name: tensor.half().contiguous() if tensor.is_floating_point() else tensor
+            for name, tensor in self.state_dict().items()
+        }
+        save_file(tensors, file, metadata=header)
+
+    @classmethod
+    def from_file(cls, file: str | Path) -> "AttributeJudge":
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            JudgeError: the file is missing, unreadable or of another network.
+        """
+        try:
+            with safe_open(file, framework="pt") as stored:
+                header = stored.metadata() or {}
+            judge = cls(json.loads(header["attributes"]), json.loads(header["image_size"]))
+            judge.load_state_dict({name: tensor.float() for name, tensor in load_file(file).items()})
+        except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise JudgeError(f"{file}: not the weights of an attribute judge ({reason})") from error
         return judge.eval()

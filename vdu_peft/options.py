@@ -54,12 +54,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     sub.add_argument(
         "--caption_column",
         help="of a text-to-image model, instead of one prompt: each forget image's own, a column of metadata.csv or "
-        "metadata.jsonl in the folder (beside file_name), or of a hub dataset",
+        "metadata.jsonl in the folder (beside file_name), of a hub dataset, or an array of an .npz",
     )
     sub.add_argument("--anchor_prompt", default="", help="what that prompt shall draw instead; default: no condition")
     sub.add_argument(
         "--retain_prompts", type=Path, help="file of prompts to retain, one a line; default: everyday things"
     )
+    sub.add_argument("--resolution", type=int, help="of a text-to-image model; default the model's own")
     sub.add_argument("--target_modules", nargs="+", help="modules to adapt; the default suits the model")
     sub.add_argument(
         "--resume_from_checkpoint", choices=("latest",), help="go on from the last checkpoint in output_dir"
@@ -87,6 +88,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     sub.add_argument("--class_labels", type=int, nargs="+", help="of a class-conditional model: draw these in turn")
     sub.add_argument("--prompt", nargs="+", default=[], help="of a text-to-image model: draw these in turn")
     sub.add_argument("--guidance_scale", type=float, help="of a text-to-image model; default the stock pipeline's")
+    sub.add_argument("--resolution", type=int, help="of a text-to-image model; default the model's own")
     sub.add_argument("--num_inference_steps", type=int, default=25)
     sub.add_argument("--output_file", type=Path, default=Path("samples.png"))
     sub.add_argument("--seed", type=int, default=0)

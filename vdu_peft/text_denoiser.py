@@ -9,15 +9,11 @@ from importlib import resources
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 from vdu_peft.denoiser import Denoiser, ModelError, stored_dtype
-
-# By name: importing them loads transformers, which takes seconds and says so on every command. Each with its stock
-# guidance: without guidance their samples are no examples of what to retain.
-FAMILIES = {"StableDiffusionPipeline": 7.5, "StableDiffusionXLPipeline": 5.0}
-# Prompts that go through the text encoders at a time.
-PROMPT_BATCH_SIZE = 32
+from vdu_peft.families import FAMILIES
+from vdu_peft.schedule import NoiseSchedule
 
 
 def neutral_prompts() -> list[str]:
@@ -42,50 +38,70 @@ def read_prompts(file: str | Path) -> list[str]:
 
 
 class TextDenoiser(Denoiser):
-    """Stable Diffusion 1.x and 2.x (epsilon, v) and SDXL, on latents.
+    """Stable Diffusion 1.x and 2.x (epsilon, v), SDXL, Stable Diffusion 3.x and Flux, on latents.
 
     Args:
-        pipeline: a diffusers pipeline of one of :data:`FAMILIES`; its VAE and text encoders are used once for what
-            is encoded, never trained.
+        pipeline: a diffusers pipeline of one of :data:`~vdu_peft.families.FAMILIES`; its VAE and text encoders are
+            used once for what is encoded, never trained.
         prompts: all prompts that will be asked for; the empty one, which stands for no condition, is added.
+        resolution: height and width of the images; the model's own when None.
 
     Raises:
-        ModelError: another family, or a UNet with inputs besides the latents (inpainting, depth).
+        ModelError: another family, a network with inputs besides the latents (inpainting, depth), or a resolution
+            that the network cannot work at.
     """
 
     batch_size = 4
 
-    def __init__(self, pipeline: DiffusionPipeline, prompts: Sequence[str]):
+    def __init__(self, pipeline: DiffusionPipeline, prompts: Sequence[str], resolution: int | None = None):
         if type(pipeline).__name__ not in FAMILIES:
             known = ", ".join(FAMILIES)
             raise ModelError(
                 f"{type(pipeline).__name__}: not a text-to-image family that is supported; known are {known}"
             )
-        unet, vae = pipeline.unet, pipeline.vae
-        if unet.config.in_channels != vae.config.latent_channels:
+        self.family = FAMILIES[type(pipeline).__name__]
+        network, vae = getattr(pipeline, self.family.component), pipeline.vae
+        latent_shape, factor = self.family.latent_shape(pipeline), pipeline.vae_scale_factor
+        granularity = self.family.granularity(pipeline)
+        if resolution is not None:
+            if resolution < 1 or resolution % (factor * granularity):
+                raise ModelError(f"resolution must be a multiple of {factor * granularity}, not {resolution}")
+            latent_shape = (latent_shape[0], resolution // factor, resolution // factor)
+        if latent_shape[0] != vae.config.latent_channels:
             raise ModelError(
-                f"the UNet takes {unet.config.in_channels} channels, the VAE gives {vae.config.latent_channels}: "
-                "inpainting and other image-conditioned models are not supported"
+                f"the {self.family.component} takes {latent_shape[0]} channels, the VAE gives "
+                f"{vae.config.latent_channels}: inpainting and other image-conditioned models are not supported"
             )
-        if "beta_schedule" not in pipeline.scheduler.config or getattr(vae.config, "latents_mean", None) is not None:
+        is_flow = isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler)
+        if "beta_schedule" not in pipeline.scheduler.config and not is_flow:
             raise ModelError(
-                f"{type(pipeline).__name__} with {type(pipeline.scheduler).__name__}: noise schedules without betas, "
-                "and latents with a mean of their own, are not supported"
+                f"{type(pipeline).__name__} with {type(pipeline.scheduler).__name__}: only noise schedules with betas, "
+                "and FlowMatchEulerDiscreteScheduler, are supported"
             )
+        if getattr(vae.config, "latents_mean", None) is not None:
+            raise ModelError(f"{type(pipeline).__name__}: latents with a mean of their own are not supported")
         # A latent is no pixel: samplers must not clip it, whatever the scheduler's default is.
-        scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
-        size, factor = unet.config.sample_size, pipeline.vae_scale_factor
-        height, width = (size, size) if isinstance(size, int) else size
-        super().__init__(unet, scheduler, image_size=(height * factor, width * factor), channels=vae.config.in_channels)
-        self.guidance_scale = FAMILIES[type(pipeline).__name__]
+        scheduler = (
+            pipeline.scheduler if is_flow else DDPMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+        )
+        tokens = latent_shape[1] * latent_shape[2] // granularity**2
+        super().__init__(
+            network,
+            NoiseSchedule(scheduler, tokens, self.family.even_sigmas),
+            image_size=(latent_shape[1] * factor, latent_shape[2] * factor),
+            channels=vae.config.in_channels,
+        )
+        self.component = self.family.component
+        self.guidance_scale = self.family.guidance_scale
         self.pipeline = pipeline
         if vae.config.force_upcast:
             vae.float()  # SDXL's overflows in float16
-        self.latent_shape = (unet.config.in_channels, height, width)
+        self.latent_shape = latent_shape
         self.prompts = list(dict.fromkeys([*prompts, ""]))
         self.num_classes = len(self.prompts)
         self.null_label = self.label("")
-        self._embeddings = self._encode_prompts()
+        with torch.no_grad():
+            self._embeddings = self.family.encode_prompts(pipeline, self.prompts, self.image_size)
 
     @classmethod
     def from_pretrained(
@@ -94,10 +110,12 @@ class TextDenoiser(Denoiser):
         prompts: Sequence[str],
         torch_dtype: torch.dtype = torch.float32,
         whole: bool = False,
+        resolution: int | None = None,
     ) -> "TextDenoiser":
         """Load a pipeline folder or a hub id; safetensors only.
 
         Args:
+            resolution: height and width of the images; the model's own when None.
             whole: with its safety checker, which judges samples, has no part in what is learned and takes a gigabyte.
 
         Raises:
@@ -118,9 +136,9 @@ class TextDenoiser(Denoiser):
         except (OSError, ValueError, RuntimeError, AttributeError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ModelError(f"{name_or_path}: cannot be loaded as a text-to-image pipeline ({reason})") from error
-        denoiser = cls(pipeline, prompts)
+        denoiser = cls(pipeline, prompts, resolution)
         denoiser.name = folder.resolve().name if Path(name_or_path).is_dir() else str(name_or_path)
-        denoiser.stored_dtype = stored_dtype(folder / "unet")
+        denoiser.stored_dtype = stored_dtype(folder / denoiser.component)
         return denoiser
 
     def label(self, prompt: str) -> int:
@@ -133,45 +151,20 @@ class TextDenoiser(Denoiser):
             raise ModelError(f"prompt {prompt!r} is not among those the model was loaded with")
         return self.prompts.index(prompt)
 
-    @torch.no_grad()
-    def _encode_prompts(self) -> dict[str, torch.Tensor]:
-        xl = type(self.pipeline).__name__ == "StableDiffusionXLPipeline"
-        rows = []
-        for start in range(0, self.num_classes, PROMPT_BATCH_SIZE):
-            encoded = self.pipeline.encode_prompt(
-                self.prompts[start : start + PROMPT_BATCH_SIZE],
-                device=self.pipeline.text_encoder.device,
-                num_images_per_prompt=1,
-                do_classifier_free_guidance=False,
-            )
-            rows.append((encoded[0].cpu(), encoded[2].cpu()) if xl else (encoded[0].cpu(),))
-        names = ("encoder_hidden_states", "text_embeds")
-        embeddings = {name: torch.cat(parts) for name, parts in zip(names, zip(*rows, strict=True), strict=False)}
-        if xl:
-            if self.pipeline.config.force_zeros_for_empty_prompt:
-                for table in embeddings.values():
-                    table[self.null_label] = 0  # what the stock pipeline guides away from
-            height, width = self.image_size
-            time_ids = self.pipeline._get_add_time_ids(
-                (height, width),
-                (0, 0),
-                (height, width),
-                dtype=embeddings["text_embeds"].dtype,
-                text_encoder_projection_dim=self.pipeline.text_encoder_2.config.projection_dim,
-            )
-            embeddings["time_ids"] = time_ids.expand(self.num_classes, -1).cpu()
-        return embeddings
-
-    def condition(self, class_labels: torch.Tensor) -> dict:
-        """The UNet's keyword arguments for labels (N,) int64 of :attr:`prompts`."""
+    def _predict(self, x_t, timesteps, class_labels, model, guidance_scale: float | None = None) -> torch.Tensor:
         labels = class_labels.cpu()
-        rows = {name: table[labels].to(class_labels.device, self.dtype) for name, table in self._embeddings.items()}
-        condition = {"encoder_hidden_states": rows.pop("encoder_hidden_states")}
-        return {**condition, "added_cond_kwargs": rows} if rows else condition
+        rows = {name: table[labels].to(x_t.device, self.dtype) for name, table in self._embeddings.items()}
+        guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        return self.family.predict(model, x_t.to(self.dtype), timesteps, rows, guidance_scale).float()
+
+    def _guided(self, x_t, timesteps, class_labels, guidance_scale: float) -> torch.Tensor:
+        if self.family.distilled:
+            return self._predict(x_t, timesteps, class_labels, self.model, guidance_scale)
+        return super()._guided(x_t, timesteps, class_labels, guidance_scale)
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Latents (N, C, h, w) float32 of images in [-1, 1]: the VAE's mode, scaled as the UNet knows them.
+        """Latents (N, C, h, w) float32 of images in [-1, 1]: the VAE's mode, scaled as the network knows them.
 
         Raises:
             ModelError: the VAE gives what is not finite, as some do in float16.
@@ -183,18 +176,19 @@ class TextDenoiser(Denoiser):
         )
         if not latents.isfinite().all():
             raise ModelError(f"{self.name}: its VAE gives NaN or infinite latents in {vae.dtype}; load it in float32")
-        return latents * vae.config.scaling_factor
+        return (latents - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images (N, 3, H, W) float32 in [-1, 1] of latents."""
         vae = self.pipeline.vae.to(self.device)
-        latents = (latents / vae.config.scaling_factor).to(vae.device, vae.dtype)
+        latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+        latents = latents.to(vae.device, vae.dtype)
         return torch.cat([vae.decode(z[None]).sample.float() for z in latents]).clamp(-1, 1)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the complete pipeline, all in the UNet's dtype, as safetensors."""
-        self.pipeline.unet = self.model
+        """Write the complete pipeline, all in the network's dtype, as safetensors."""
+        self.pipeline.register_modules(**{self.component: self.model})
         self.pipeline.to(dtype=self.dtype)
         self.pipeline.save_pretrained(folder, safe_serialization=True)
 
@@ -204,22 +198,25 @@ def open_denoiser(
     prompts: Sequence[str] = (),
     torch_dtype: torch.dtype = torch.float32,
     whole: bool = False,
+    resolution: int | None = None,
 ) -> Denoiser:
     """A :class:`TextDenoiser` of a text-to-image pipeline, a plain :class:`Denoiser` of anything else.
 
     Args:
-        torch_dtype, whole: of a text-to-image pipeline, see :meth:`TextDenoiser.from_pretrained`.
+        torch_dtype, whole, resolution: of a text-to-image pipeline, see :meth:`TextDenoiser.from_pretrained`.
 
     Raises:
-        ModelError: as theirs, or a pipeline of another family.
+        ModelError: as theirs, a pipeline of another family, or a resolution for what is not text-to-image.
     """
     try:
         kind = DiffusionPipeline.load_config(str(name_or_path)).get("_class_name")
     except (OSError, ValueError):
         kind = None  # no pipeline: a bare UNet folder, or a name whose trouble the denoiser tells better
     if kind in FAMILIES:
-        return TextDenoiser.from_pretrained(name_or_path, prompts, torch_dtype, whole)
+        return TextDenoiser.from_pretrained(name_or_path, prompts, torch_dtype, whole, resolution)
     if kind is not None and not kind.startswith(("DDPM", "DDIM")):
         known = ", ".join(["DDPMPipeline", "DDIMPipeline", *FAMILIES])
         raise ModelError(f"{name_or_path}: a {kind}, which is not supported; known are {known}")
+    if resolution is not None:
+        raise ModelError(f"resolution: {name_or_path} is not a text-to-image model; its size is fixed")
     return Denoiser.from_pretrained(name_or_path)

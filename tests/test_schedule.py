@@ -1,0 +1,63 @@
+"""The noise schedules against stock schedulers, and the conversion of predictions in float64."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+
+from vdu_peft.schedule import MIN_ALPHA, NoiseSchedule
+
+STOCK = {
+    "ddpm": DDPMScheduler(),
+    "ddim": DDIMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction"),
+    "flow": FlowMatchEulerDiscreteScheduler(shift=3.0),
+}
+TIMESTEPS = torch.tensor([0, 1, 250, 500, 998, 999])
+
+
+@pytest.mark.parametrize("scheduler", STOCK.values(), ids=STOCK)
+def test_noise_is_added_as_the_stock_scheduler_adds_it(scheduler):
+    images, noise = torch.randn(2, 6, 3, 4, 4)
+    schedule = NoiseSchedule(scheduler)
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        expected = scheduler.scale_noise(images, scheduler.timesteps[999 - TIMESTEPS], noise)
+    else:
+        expected = scheduler.add_noise(images, noise, TIMESTEPS)
+    # The least alpha, 2.4e-4 instead of 0, shows at a flow's last timestep alone.
+    atol = MIN_ALPHA * images.abs().max().item() if schedule.prediction_type == "flow" else 1e-6
+    torch.testing.assert_close(schedule.add_noise(images, noise, TIMESTEPS), expected, atol=atol, rtol=0)
+    torch.testing.assert_close(schedule.add_noise(images, noise, TIMESTEPS)[:-1], expected[:-1], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow"])
+def test_a_perfect_prediction_gives_the_noise(prediction_type):
+    """In float64, from each kind's own definition; at zero terminal SNR, too."""
+    scheduler = (
+        FlowMatchEulerDiscreteScheduler(shift=3.0)
+        if prediction_type == "flow"
+        else DDPMScheduler(prediction_type=prediction_type, rescale_betas_zero_snr=True)
+    )
+    schedule = NoiseSchedule(scheduler)
+    schedule.alphas, schedule.sigmas = schedule.alphas.double(), schedule.sigmas.double()
+    images, noise = torch.randn(2, 6, 3, 4, 4, dtype=torch.float64)
+    x_t = schedule.add_noise(images, noise, TIMESTEPS)
+    alpha, sigma = (table[TIMESTEPS].view(-1, 1, 1, 1) for table in (schedule.alphas, schedule.sigmas))
+    prediction = {
+        "epsilon": noise,
+        "v_prediction": alpha * noise - sigma * images,
+        "sample": images,
+        "flow": noise - images,
+    }[prediction_type]
+    found = schedule.noise_pred(prediction, x_t, TIMESTEPS)
+    torch.testing.assert_close(found, noise, atol=1e-12, rtol=0)
+
+
+def test_a_flow_tells_its_network_sigma_and_samples_with_the_shift_of_its_resolution():
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    scheduler.set_timesteps(4, mu=1.0)  # a used scheduler gives the same schedule
+    schedule = NoiseSchedule(scheduler, image_tokens=256, even_sigmas=True)
+    torch.testing.assert_close(schedule.network_timesteps, torch.arange(1, 1001).float())
+    sampler = schedule.sampler(4, torch.device("cpu"))
+    even = torch.tensor([1.0, 0.75, 0.5, 0.25])
+    # Esser et al. 2024, equation 23, with the exponential of diffusers' base_shift at 256 tokens.
+    shift = torch.tensor(0.5).exp()
+    torch.testing.assert_close(sampler.sigmas[:-1], shift * even / (1 + (shift - 1) * even))

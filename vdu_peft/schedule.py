@@ -1,0 +1,90 @@
+"""The noise schedule: how much noise a timestep adds, and how predictions become the noise.
+
+Everything is one linear family: x_t = α_t x_0 + σ_t ε, and a network predicts a ε + b x_0.
+"""
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+
+# Of schedulers with betas; a flow's networks predict its velocity, ε − x_0.
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+# At zero terminal SNR x_T is the noise itself, whose prediction has no error to compare with: the least α_t.
+# Its square is what diffusers' own multi-step schedulers put there.
+MIN_ALPHA = 2**-12
+
+
+class NoiseSchedule:
+    """Timesteps 0 to T − 1, from the clean image to noise, of a diffusers scheduler.
+
+    Args:
+        scheduler: one with betas (variance preserving: α² + σ² = 1), or a ``FlowMatchEulerDiscreteScheduler``
+            (rectified flow: α + σ = 1, Esser et al. 2024), whose static ``shift`` is in σ.
+        image_tokens: the network's tokens per image, which a scheduler with ``use_dynamic_shifting`` samples by.
+        even_sigmas: the sampler's σ of a flow, before any shift, run evenly from 1 to 1 / steps, as Flux has them;
+            otherwise from the schedule's largest to its least, as Stable Diffusion 3 has them.
+
+    Attributes:
+        alphas, sigmas: float32 (T,).
+        network_timesteps: (T,), what the network is told: the timestep itself, or 1000 σ in a flow.
+    """
+
+    def __init__(self, scheduler: SchedulerMixin, image_tokens: int | None = None, even_sigmas: bool = False):
+        self.image_tokens = image_tokens
+        self.even_sigmas = even_sigmas
+        if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            # Anew from the config: a scheduler that has sampled holds the sampler's sigmas.
+            self.scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+            self.prediction_type = "flow"
+            self.sigmas = self.scheduler.sigmas.flip(0)
+            alphas = 1 - self.sigmas
+            self.network_timesteps = self.sigmas * self.num_train_timesteps
+        else:
+            self.scheduler = DDPMScheduler.from_config(scheduler.config)
+            self.prediction_type = self.scheduler.config.prediction_type
+            self.sigmas = (1 - self.scheduler.alphas_cumprod).sqrt()
+            alphas = self.scheduler.alphas_cumprod.sqrt()
+            self.network_timesteps = torch.arange(self.num_train_timesteps)
+        self.alphas = alphas.clamp_min(MIN_ALPHA)
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return self.scheduler.config.num_train_timesteps
+
+    def _at(self, table: torch.Tensor, timesteps: torch.Tensor, device: torch.device) -> torch.Tensor:
+        return table[timesteps.to(table.device)].view(-1, 1, 1, 1).to(device)
+
+    def add_noise(self, images: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """x_t = α_t x_0 + σ_t ε: (N, C, H, W), at timesteps (N,) int64."""
+        alpha, sigma = (self._at(table, timesteps, images.device) for table in (self.alphas, self.sigmas))
+        return alpha * images + sigma * noise
+
+    def noise_pred(self, prediction: torch.Tensor, x_t: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """ε from what the network predicts, a ε + b x_0: (α_t · prediction − b x_t) / (α_t a − σ_t b)."""
+        if self.prediction_type == "epsilon":
+            return prediction
+        alpha, sigma = (self._at(table, timesteps, x_t.device) for table in (self.alphas, self.sigmas))
+        a, b = {
+            "v_prediction": (alpha, -sigma),  # Salimans and Ho 2022
+            "sample": (0, 1),
+            "flow": (1, -1),
+        }[self.prediction_type]
+        return (alpha * prediction - b * x_t) / (alpha * a - sigma * b)
+
+    def sampler(self, num_inference_steps: int, device: torch.device) -> SchedulerMixin:
+        """A fresh DDIM (eta 0), or Euler for a flow, set to its steps as the stock pipelines set theirs."""
+        config = self.scheduler.config
+        if self.prediction_type != "flow":
+            sampler = DDIMScheduler.from_config(config)
+            sampler.set_timesteps(num_inference_steps, device=device)
+            return sampler
+        sampler = FlowMatchEulerDiscreteScheduler.from_config(config)
+        options = {"device": device}
+        if config.use_dynamic_shifting:
+            # The shift grows with the logarithm of the resolution (Esser et al. 2024, section 5.3.2).
+            low, high = config.base_image_seq_len, config.max_image_seq_len
+            slope = (config.max_shift - config.base_shift) / (high - low)
+            options["mu"] = config.base_shift + slope * (self.image_tokens - low)
+        if self.even_sigmas:
+            options["sigmas"] = torch.linspace(1, 1 / num_inference_steps, num_inference_steps).tolist()
+        sampler.set_timesteps(num_inference_steps, **options)
+        return sampler
