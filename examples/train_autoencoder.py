@@ -4,6 +4,11 @@ The dolls' (32x32 images to 8x8 latents of 8 channels; then see train_text_to_im
 
     python examples/train_autoencoder.py --train_data crawl_dolls_32.npz --output_dir dolls-vae
 
+Its decoder alone can be trained further, while what learns from its latents goes on:
+
+    python examples/train_autoencoder.py --train_data crawl_dolls_32.npz --decoder_of dolls-vae/vae \
+        --output_dir dolls-vae-decoder
+
 Interrupted runs go on with ``--resume_from_checkpoint latest``.
 """
 
@@ -30,6 +35,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--train_data", required=True, help="folder of images, .npz file, or hub dataset id")
     parser.add_argument("--image_column", help="array name in an .npz, or image column of a hub dataset")
     parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--decoder_of", help="AutoencoderKL folder or hub id, whose encoder stays as it is")
     parser.add_argument("--resolution", type=int, default=32)
     parser.add_argument("--latent_channels", type=int, default=8)
     parser.add_argument("--block_out_channels", type=int, nargs="+", default=(24, 48, 64), help="each but one halves")
@@ -60,8 +66,18 @@ def build_vae(resolution: int, latent_channels: int, block_out_channels) -> Auto
     )
 
 
-def autoencoder_loss(vae: AutoencoderKL, images: torch.Tensor, kl_weight: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss, mean absolute error) of images (N, 3, H, W) in [-1, 1]: error per number + kl_weight · KL per number."""
+def autoencoder_loss(
+    vae: AutoencoderKL, images: torch.Tensor, kl_weight: float, decoder_only: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss, mean absolute error) of images (N, 3, H, W) in [-1, 1]: error per number + kl_weight · KL per number.
+
+    With ``decoder_only`` the error alone, of the latents' means: what denoising ends at.
+    """
+    if decoder_only:
+        with torch.no_grad():
+            latents = vae.encode(images).latent_dist.mode()
+        error = (vae.decode(latents).sample - images).abs().mean()
+        return error, error
     posterior = vae.encode(images).latent_dist
     error = (vae.decode(posterior.sample()).sample - images).abs().mean()
     return error + kl_weight * posterior.kl().mean() / posterior.mean[0].numel(), error
@@ -94,8 +110,12 @@ def main(argv=None) -> None:
     count = len(images) - max(len(images) // 20, 1)
     images, held_out = images[:count], images[count:].to(accelerator.device)
     loader = DataLoader(ImageDataset(images), batch_size=args.train_batch_size, shuffle=True, drop_last=True)
-    vae = build_vae(args.resolution, args.latent_channels, args.block_out_channels)
-    optimizer = torch.optim.Adam(vae.parameters(), lr=args.learning_rate)
+    if args.decoder_of:
+        vae = AutoencoderKL.from_pretrained(args.decoder_of, use_safetensors=True).train()
+    else:
+        vae = build_vae(args.resolution, args.latent_channels, args.block_out_channels)
+    trained = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()] if args.decoder_of else vae.parameters()
+    optimizer = torch.optim.Adam(trained, lr=args.learning_rate)
     lr_scheduler = get_cosine_schedule_with_warmup(optimizer, args.lr_warmup_steps, args.max_train_steps)
     # Not wrapped for several processes: encode and decode are no forward that DistributedDataParallel would see.
     vae.to(accelerator.device)
@@ -110,7 +130,7 @@ def main(argv=None) -> None:
     progress = tqdm(total=args.max_train_steps, initial=step, mininterval=5)
     while step < args.max_train_steps:
         for batch in loader:
-            loss, error = autoencoder_loss(vae, batch, args.kl_weight)
+            loss, error = autoencoder_loss(vae, batch, args.kl_weight, decoder_only=bool(args.decoder_of))
             accelerator.backward(loss)
             torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
             optimizer.step()

@@ -43,6 +43,7 @@ ALLOWED = {
         "replay",
     },
     "evaluation": {"denoiser", "judge", "metrics", "objective", "version"},
+    "text_evaluation": {"denoiser", "evaluation", "judge", "metrics", "text_denoiser", "version"},
     "compose": {"adapter", "card", "config"},
     "hotswap": {"adapter", "config"},
     "onnx_export": {"config", "denoiser"},
@@ -62,6 +63,7 @@ ALLOWED = {
         "judge",
         "options",
         "text_denoiser",
+        "text_evaluation",
         "trainer",
     },
 }

@@ -6,10 +6,11 @@ import sys
 import time
 from dataclasses import fields
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import tiny_text_pipeline
+from conftest import saved_adapter, tiny_text_pipeline
 from diffusers import DDIMPipeline, DDPMPipeline
 from PIL import Image
 from safetensors import safe_open
@@ -20,6 +21,7 @@ from vdu_peft.cli import main
 from vdu_peft.demo import assets
 from vdu_peft.denoiser import Denoiser
 from vdu_peft.evaluation import Report
+from vdu_peft.judge import AttributeJudge
 
 FAST = ["--max_train_steps=3", "--train_batch_size=4", "--replay_size=8", "--replay_inference_steps=2"]
 
@@ -103,6 +105,19 @@ def test_a_concept_of_a_text_to_image_model(tmp_path, pictures, pipeline_folder,
     retain = f"--retain_prompts={tmp_path / 'retain.txt'}"
     assert main([*command, "--overwrite", "--caption_column=text", retain]) in (0, 1)
     assert "after 3 steps" in capsys.readouterr().out
+    captions = [*command, "--overwrite", "--caption_column=text", retain]
+    for options, message in (
+        (["--anchor_concept=a hand"], "anchor_concept: stands in place of a forget_concept"),
+        (["--forget_concept", "a hat"], "none of it is in the caption 'a sword of"),
+        (["--forget_concept", "a sword", "--anchor_prompt=a cat"], "leave out anchor_prompt"),
+    ):
+        assert main([*captions, *options]) == 2
+        assert message in capsys.readouterr().err
+    assert main([*command, "--forget_prompt=a cat", "--overwrite", "--forget_concept", "a cat"]) == 2
+    assert "looked for in captions; give a caption_column" in capsys.readouterr().err
+    anchored = [*captions, "--forget_concept", "a sword", "--anchor_concept=a hand", "--replay_size=32"]
+    assert main(anchored) in (0, 1)
+    assert "after 3 steps" in capsys.readouterr().out
     grid, adapter = tmp_path / "grid.png", f"--adapter={out / 'adapter'}"
     sample = ["sample", model, adapter, "--num_images=2", "--num_inference_steps=2", f"--output_file={grid}"]
     assert main([*sample, "--prompt", "a sword", "--class_labels", "1"]) == 2
@@ -114,6 +129,36 @@ def test_a_concept_of_a_text_to_image_model(tmp_path, pictures, pipeline_folder,
     unconditional = [f"--model={pipeline_folder}", f"--forget_data={pictures}", f"--output_dir={tmp_path / 'other'}"]
     assert main(["unlearn", *unconditional, "--forget_prompt=a sword"]) == 2
     assert "is not a text-to-image model" in capsys.readouterr().err
+
+
+def test_a_prompt_file_is_evaluated(tmp_path, pipeline_folder, capsys):
+    tiny_text_pipeline(tmp_path / "tokens").save_pretrained(tmp_path / "sd")
+    saved_adapter(tmp_path / "adapter", model=tiny_text_pipeline(tmp_path / "tokens").unet)
+    AttributeJudge({"who": ["elf", "orc"], "weapon": ["", "axe", "sword"]}, (16, 16)).save(tmp_path / "judge")
+    (tmp_path / "prompts.csv").write_text("prompt,who,weapon\nan elf with a sword,elf,sword\nan orc,orc,\n")
+    np.savez(tmp_path / "real.npz", images=np.zeros((4, 16, 16, 3), dtype=np.uint8))
+    evaluate = ["evaluate", f"--adapter={tmp_path / 'adapter'}", f"--prompts={tmp_path / 'prompts.csv'}"]
+    evaluate += [f"--output_dir={tmp_path / 'report'}", "--num_inference_steps=2"]
+    model, judge = f"--model={tmp_path / 'sd'}", [f"--judge={tmp_path / 'judge'}", "--forget_attribute=weapon=sword"]
+    for options, message in (
+        ([model], "judge: nothing would be measured"),
+        ([model, judge[0]], "give both or neither"),
+        ([model, *judge, "--forget_class=1"], "a prompt file's target is a forget_attribute"),
+        ([model, "--clip_model=nowhere", "--reference=x"], "give a judge"),
+        ([model, *judge, "--resolution=32"], r"judge: takes (16, 16) images"),
+        ([f"--model={pipeline_folder}", *judge], "is not a text-to-image model"),
+    ):
+        assert main([*evaluate, *options]) == 2
+        assert message in capsys.readouterr().err
+    assert main([*evaluate, model, *judge, f"--reference={tmp_path / 'real.npz'}"]) == 0
+    assert "1 images of target prompts, 1 of others" in capsys.readouterr().out
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert {*report["figures"]} == {"UA", "IRA", "CRA", "target prompts, other attributes"}
+    assert report["figures"]["IRA"]["before"] is None  # the other prompt asks for no weapon
+    assert report["sampler"].startswith("DDIMScheduler, 2 steps") and report["forget_attribute"] == "weapon=sword"
+    class_options = [model, f"--adapter={tmp_path / 'adapter'}", f"--output_dir={tmp_path / 'other'}"]
+    assert main(["evaluate", *class_options, "--forget_attribute=weapon=sword", "--judge=x"]) == 2
+    assert "reference: needed to evaluate a forgotten class" in capsys.readouterr().err
 
 
 def test_compose(pipeline_folder, unlearn_command, tmp_path, capsys):

@@ -236,6 +236,41 @@ def test_each_forget_image_is_shown_under_its_own_label(forget):
     assert seen == {(i, label) for i in range(8) for label in (i % 2, 3)}  # its own, and the null class
 
 
+def test_each_forget_image_is_redirected_to_its_own_anchor(forget):
+    """Seen from outside: which labels the teacher is asked for as anchors, for which of the forget images."""
+    denoiser, seen = conditional_denoiser(5), set()
+    levels = torch.linspace(-0.9, 0.9, 8)
+    forget, anchors = levels.view(8, 1, 1, 1).expand(8, 1, 8, 8), torch.tensor([0, 2, 3, 0, 2, 3, 0, 2])
+    images, add_noise, predict = [], denoiser.add_noise, denoiser.noise_pred
+    denoiser.add_noise = lambda x, noise, t: (images.append(x), add_noise(x, noise, t))[1]
+
+    def noise_pred(x_t, timesteps, labels=None, **options):
+        if len(x_t) == 4:  # the anchor's
+            which = [levels.sub(x).abs().argmin().item() for x in images[-1][:4, 0, 0, 0]]
+            seen.update(zip(which, labels.tolist(), strict=True))
+        return predict(x_t, timesteps, labels, **options)
+
+    denoiser.noise_pred = noise_pred
+    replay = {"replay": torch.zeros(4, 1, 8, 8), "replay_labels": torch.tensor([2, 2, 2, 2])}
+    config = replace(CONDITIONAL, null_class=4, max_train_steps=20)
+    unlearn(denoiser, forget, config, anchor_labels=anchors, **replay)
+    assert seen == {(i, int(label)) for i, label in enumerate(anchors)}
+
+
+@pytest.mark.parametrize(
+    ("anchor_class", "labels", "message"),
+    [
+        (2, [2] * 8, "anchor_class is one for all images"),
+        (None, [2] * 7, r"anchor_labels: \[7\] labels for 8 images"),
+        (None, [2] * 7 + [1], "anchor_labels: 1 is the label of a forget image"),
+    ],
+)
+def test_anchor_labels_that_do_not_fit_are_refused(forget, anchor_class, labels, message):
+    with pytest.raises(ConfigError, match=message):
+        config = replace(CONDITIONAL, anchor_class=anchor_class)
+        unlearn(conditional_denoiser(), forget, config, anchor_labels=torch.tensor(labels))
+
+
 def test_one_label_for_all_is_the_forget_class(forget):
     runs = (({"forget_class": 1}, {}), ({"forget_class": None}, {"forget_labels": torch.ones(8, dtype=torch.int64)}))
     histories = [
@@ -249,7 +284,7 @@ def test_one_label_for_all_is_the_forget_class(forget):
     ("forget_class", "labels", "message"),
     [
         (1, [1] * 8, "tell under which"),
-        (None, [1] * 7, r"\[7\] labels for 8 forget images"),
+        (None, [1] * 7, r"\[7\] labels for 8 images"),
         (None, [4] * 8, "must lie in 0 to 3"),
         (None, [3] * 8, "null_class: 3 is the label of a forget image"),
         (None, [0, 1, 2, 0, 1, 2, 0, 1], "no other class to draw instead"),
@@ -328,7 +363,7 @@ def test_classes_that_do_not_fit_the_model_are_refused(pipeline_folder, forget):
     ("labels", "message"),
     [
         (None, "which need one for every replay image"),
-        (torch.tensor([0, 2]), r"\[2\] labels for 4 replay images"),
+        (torch.tensor([0, 2]), r"\[2\] labels for 4 images"),
         (torch.tensor([0, 2, 4, 0]), "must lie in 0 to 3"),
     ],
     ids=["none", "few", "out of range"],

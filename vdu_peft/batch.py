@@ -53,7 +53,8 @@ def draw_batch(
         labels = torch.stack([classes.forget_labels[forget_indices], replay_labels[replay_indices]])
         if config.null_class is not None:
             labels = torch.where(torch.rand(2, total) < NULL_SHARE, config.null_class, labels)
-        drawn += [labels, classes.anchors[torch.randint(len(classes.anchors), (1, total))]]
+        choice = torch.randint(classes.anchors.shape[1], (1, total))
+        drawn += [labels, classes.anchors[forget_indices, choice]]
     share = slice(accelerator.process_index * batch_size, (accelerator.process_index + 1) * batch_size)
     return Batch(*(t[:, share].flatten(0, 1).to(accelerator.device) for t in drawn))
 

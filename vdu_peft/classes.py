@@ -13,16 +13,21 @@ class Classes(NamedTuple):
 
     forget_labels: torch.Tensor  # (N,) int64, the label under which the model knows each forget image
     retained: list[int]  # all other labels, the null class too
-    anchors: torch.Tensor  # (K,) int64, those that a forgotten label is redirected to, one at random each time
+    anchors: torch.Tensor  # (N, K) int64, those that each forget image is redirected to, one at random each time
 
 
 def run_classes(
-    denoiser: Denoiser, config: UnlearnConfig, forget_labels: torch.Tensor | None, num_images: int
+    denoiser: Denoiser,
+    config: UnlearnConfig,
+    forget_labels: torch.Tensor | None,
+    num_images: int,
+    anchor_labels: torch.Tensor | None = None,
 ) -> Classes | None:
     """The classes of a run on ``num_images`` forget images; None for an unconditional model.
 
     Args:
         forget_labels: (N,) int64; ``config.forget_class`` for all when None.
+        anchor_labels: (N,) int64; ``config.anchor_class`` for all when None, or else any other label.
 
     Raises:
         ConfigError: labels that the model has not, that contradict each other, or that are missing.
@@ -30,7 +35,8 @@ def run_classes(
     given = {name: getattr(config, name) for name in ("forget_class", "anchor_class", "null_class")}
     given = {name: value for name, value in given.items() if value is not None}
     if not denoiser.num_classes:
-        for name in [*given, *(["forget_labels"] if forget_labels is not None else [])]:
+        labels = {"forget_labels": forget_labels, "anchor_labels": anchor_labels}
+        for name in [*given, *(name for name, value in labels.items() if value is not None)]:
             raise ConfigError(f"{name}: the model is unconditional; leave it out")
         return None
     if ("forget_class" in given) == (forget_labels is not None):
@@ -48,19 +54,27 @@ def run_classes(
     for name in ("anchor_class", "null_class"):
         if given.get(name) in forgotten:
             raise ConfigError(f"{name}: {given[name]} is the label of a forget image; name another one")
+    if anchor_labels is not None:
+        if "anchor_class" in given:
+            raise ConfigError("anchor_labels: anchor_class is one for all images; name one of them")
+        check_labels(anchor_labels, num_images, denoiser.num_classes, "anchor")
+        if both := forgotten & {*anchor_labels.tolist()}:
+            raise ConfigError(f"anchor_labels: {min(both)} is the label of a forget image; name another one")
     retained = [label for label in range(denoiser.num_classes) if label not in forgotten]
     others = [label for label in retained if label != config.null_class]
+    if anchor_labels is not None:
+        return Classes(forget_labels, retained, anchor_labels[:, None])
     if "anchor_class" not in given and not others:
         raise ConfigError(
             "anchor_class: the model has no other class to draw instead; pass its null_class as anchor_class"
         )
     anchors = [given["anchor_class"]] if "anchor_class" in given else others
-    return Classes(forget_labels, retained, torch.tensor(anchors))
+    return Classes(forget_labels, retained, torch.tensor(anchors).expand(num_images, -1))
 
 
 def check_labels(labels: torch.Tensor, num_images: int, num_classes: int, kind: str) -> None:
     """Raises ConfigError unless there is one label of the model for each image."""
     if labels.shape != (num_images,):
-        raise ConfigError(f"{kind}_labels: {list(labels.shape)} labels for {num_images} {kind} images")
+        raise ConfigError(f"{kind}_labels: {list(labels.shape)} labels for {num_images} images")
     if not 0 <= labels.min() <= labels.max() < num_classes:
         raise ConfigError(f"{kind}_labels must lie in 0 to {num_classes - 1}")

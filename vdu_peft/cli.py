@@ -23,12 +23,23 @@ from vdu_peft.denoiser import Denoiser, ModelError
 from vdu_peft.evaluation import evaluate, held_out_loss_gap, labelled_grids
 from vdu_peft.export import export_lora, merge
 from vdu_peft.hub import HubError, check_hub, push_to_hub
-from vdu_peft.judge import Judge, JudgeError
+from vdu_peft.judge import AttributeJudge, Judge, JudgeError
 from vdu_peft.options import ADAPTER_OPTIONS, parse
 from vdu_peft.text_denoiser import TextDenoiser, neutral_prompts, open_denoiser, read_prompts
+from vdu_peft.text_evaluation import PromptFileError, Target, draw, evaluate_prompts, read_prompt_file
 from vdu_peft.trainer import UnlearnError, unlearn
 
-BAD_INPUT = (AdapterError, ConfigError, DataError, HubError, JudgeError, ModelError, DatasetsError, OSError)
+BAD_INPUT = (
+    AdapterError,
+    ConfigError,
+    DataError,
+    HubError,
+    JudgeError,
+    ModelError,
+    PromptFileError,
+    DatasetsError,
+    OSError,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -100,7 +111,8 @@ def _unlearn(args: argparse.Namespace) -> int:
     if args.forget_prompt is not None and args.forget_prompt in ("", args.anchor_prompt):
         raise ConfigError("forget_prompt: must be a prompt other than the anchor_prompt and the empty one")
     captions = source.captions() if args.caption_column is not None else []
-    prompts = captions if args.forget_prompt is None else [args.forget_prompt]
+    anchors = _anchor_captions(captions, args)
+    prompts = [*captions, *anchors] if args.forget_prompt is None else [args.forget_prompt]
     if prompts:
         retained = read_prompts(args.retain_prompts) if args.retain_prompts else neutral_prompts()
         prompts = list(dict.fromkeys([*prompts, args.anchor_prompt, *retained]))
@@ -109,6 +121,7 @@ def _unlearn(args: argparse.Namespace) -> int:
     denoiser = open_denoiser(args.model, prompts, dtypes[config.mixed_precision], resolution=args.resolution)
     config = _with_prompts(config, denoiser, args)
     forget_labels = torch.tensor([denoiser.label(caption) for caption in captions]) if captions else None
+    anchor_labels = torch.tensor([denoiser.label(caption) for caption in anchors]) if anchors else None
     forget = source.load(denoiser.image_size, denoiser.channels)
     adapter = VDUConfig.for_model(denoiser.model, target_modules=args.target_modules, **adapter_options)
     size = " x ".join(map(str, forget.shape[1:]))
@@ -122,6 +135,7 @@ def _unlearn(args: argparse.Namespace) -> int:
         config,
         adapter,
         forget_labels=forget_labels,
+        anchor_labels=anchor_labels,
         output_dir=args.output_dir,
         resume=bool(args.resume_from_checkpoint),
     )
@@ -129,6 +143,28 @@ def _unlearn(args: argparse.Namespace) -> int:
     if not result.failed and PartialState().is_main_process:
         _publish(args.output_dir / "adapter", repository)
     return code
+
+
+def _anchor_captions(captions: list[str], args: argparse.Namespace) -> list[str]:
+    """Every caption with anchor_concept in place of forget_concept; none without a forget_concept."""
+    if not args.forget_concept:
+        if args.anchor_concept:
+            raise ConfigError("anchor_concept: stands in place of a forget_concept; name that, too")
+        return []
+    if not captions:
+        raise ConfigError("forget_concept: its words are looked for in captions; give a caption_column")
+    if args.plasticity != "hinge" or args.anchor_prompt:
+        name = "anchor_prompt" if args.anchor_prompt else f"plasticity {args.plasticity}"
+        raise ConfigError(f"forget_concept: every caption is redirected to one of its own; leave out {name}")
+    anchors = []
+    for caption in captions:
+        anchor = caption
+        for concept in args.forget_concept:
+            anchor = anchor.replace(concept, args.anchor_concept)
+        if anchor == caption:
+            raise ConfigError(f"forget_concept: none of it is in the caption {caption!r}; take that image out")
+        anchors.append(" ".join(anchor.split()))
+    return anchors
 
 
 def _with_prompts(config: UnlearnConfig, denoiser: Denoiser, args: argparse.Namespace) -> UnlearnConfig:
@@ -144,7 +180,7 @@ def _with_prompts(config: UnlearnConfig, denoiser: Denoiser, args: argparse.Name
             "caption_column"
         )
     labels = {"null_class": ""}
-    if config.plasticity == "hinge":
+    if config.plasticity == "hinge" and not args.forget_concept:
         labels["anchor_class"] = args.anchor_prompt
     if args.forget_prompt is not None:
         labels["forget_class"] = args.forget_prompt
@@ -264,8 +300,18 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    _check_evaluation(args.num_samples)
     _new_folder(args.output_dir, args.overwrite)
+    return _evaluate_prompts(args) if args.prompts else _evaluate_class(args)
+
+
+def _evaluate_class(args: argparse.Namespace) -> int:
+    for name in ("judge", "reference", "label_column", "forget_class"):
+        if getattr(args, name) is None:
+            raise ConfigError(f"{name}: needed to evaluate a forgotten class; for text-to-image models give prompts")
+    for name in ("forget_attribute", "clip_model", "resolution"):
+        if getattr(args, name) is not None:
+            raise ConfigError(f"{name}: goes with prompts")
+    _check_evaluation(args.num_samples)
     judge = Judge.from_file(args.judge)
     num_classes = judge.head.out_features
     if not 0 <= args.forget_class < num_classes:
@@ -301,9 +347,50 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _evaluate_prompts(args: argparse.Namespace) -> int:
+    _check_libraries()
+    if args.forget_class is not None:
+        raise ConfigError("forget_class: a prompt file's target is a forget_attribute")
+    if (args.judge is None) != (args.forget_attribute is None):
+        raise ConfigError("forget_attribute: is what a judge looks for; give both or neither")
+    if args.judge is None and args.clip_model is None:
+        raise ConfigError("judge: nothing would be measured; give a judge, a clip_model or both")
+    if args.judge is None and args.reference is not None:
+        raise ConfigError("reference: the distance to it is on a judge's features; give a judge")
+    judge = AttributeJudge.from_file(args.judge) if args.judge else None
+    target = Target.parse(args.forget_attribute) if args.forget_attribute else None
+    prompts = read_prompt_file(args.prompts, judge, target)
+    denoiser = open_denoiser(args.model, [prompt.text for prompt in prompts], resolution=args.resolution)
+    if not isinstance(denoiser, TextDenoiser):
+        raise ConfigError(f"prompts: {args.model} is not a text-to-image model")
+    if judge and denoiser.image_size != judge.image_size:
+        raise ConfigError(f"judge: takes {judge.image_size} images, {args.model} draws {denoiser.image_size}")
+    reference = None
+    if args.reference is not None:
+        source = ImageSource(args.reference, split=args.dataset_split, image_column=args.image_column)
+        reference = source.load(denoiser.image_size, denoiser.channels)
+    denoiser.model = load_adapter(denoiser.to_best_device().model, args.adapter).get_base_model()
+    sampling = {"seed": args.seed, "num_inference_steps": args.num_inference_steps}
+    with adapter_scale(denoiser.model, 0):
+        before = draw(denoiser, prompts, progress="adapter off", **sampling)
+    after = draw(denoiser, prompts, progress="adapter on", **sampling)
+    report = evaluate_prompts(before, after, prompts, target, judge, reference, args.clip_model)
+    names = ("model", "adapter", "judge", "prompts", "reference", "forget_attribute", "clip_model")
+    context = {name: str(getattr(args, name)) for name in names if getattr(args, name) is not None}
+    context["sampler"] = f"{type(denoiser.schedule.sampler(1, denoiser.device)).__name__}, {args.num_inference_steps} "
+    context["sampler"] += f"steps, seed {args.seed} where a prompt has none of its own"
+    report.save(args.output_dir, before, after, **context)
+    print("\n".join(report.lines()))
+    return 0
+
+
 def _check_evaluation(num_samples: int) -> None:
     if num_samples < 100:
         raise ConfigError(f"num-samples must be at least 100 for a u-FID on 64 features, not {num_samples}")
+    _check_libraries()
+
+
+def _check_libraries() -> None:
     for library in ("matplotlib", "scipy", "torchmetrics"):
         if find_spec(library) is None:
             raise ConfigError(f"evaluation needs {library}: pip install 'vdu-peft[eval]'")

@@ -180,7 +180,7 @@ class Denoiser:
         self,
         num_images: int,
         *,
-        seed: int,
+        seed: int | Sequence[int],
         num_inference_steps: int = 25,
         batch_size: int | None = None,
         class_labels: Sequence[int] | None = None,
@@ -193,6 +193,7 @@ class Denoiser:
         Every image has its own generator, so image i of a seed is the same whatever the batch size.
 
         Args:
+            seed: of all images, or one for each, as a stock pipeline's generator has it.
             batch_size: images at a time; the model's own :attr:`batch_size` when None.
             class_labels: of a model with a condition, the labels to draw, in turn.
             guidance_scale: classifier-free guidance (Ho and Salimans 2022) away from ``null_label``; 1 is none, the
@@ -211,12 +212,8 @@ class Denoiser:
             raise ModelError("guidance needs class labels and a null label, the one that stands for no condition")
         if not 1 <= num_inference_steps <= self.num_train_timesteps:
             raise ModelError(f"inference steps must lie in 1 to {self.num_train_timesteps}, not {num_inference_steps}")
-        noise = torch.stack(
-            [
-                torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + i))
-                for i in range(num_images)
-            ]
-        )
+        seeds = [seed * 1_000_003 + i for i in range(num_images)] if isinstance(seed, int) else seed
+        noise = torch.stack([torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
         labels = None if class_labels is None else in_turn(class_labels, num_images)
         batch_size = batch_size or self.batch_size
         batches, total = [], num_images * num_inference_steps

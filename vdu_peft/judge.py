@@ -71,7 +71,7 @@ class AttributeJudge(nn.Module):
         image_size: (height, width), multiples of 8.
     """
 
-    num_features = 128
+    num_features = 64
     channels = 3
 
     def __init__(self, attributes: dict[str, list[str]], image_size: tuple[int, int]):
@@ -89,7 +89,7 @@ class AttributeJudge(nn.Module):
         self.heads = nn.ModuleList([nn.Linear(self.num_features, len(values)) for values in attributes.values()])
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """(N, 3, H, W) in [-1, 1] → (N, 128), non-negative."""
+        """(N, 3, H, W) in [-1, 1] → (N, 64), non-negative."""
         return F.relu(self.features_layer(self.convs(images).flatten(1)))
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -99,7 +99,7 @@ class AttributeJudge(nn.Module):
 
     @torch.no_grad()
     def judge(self, images: torch.Tensor, batch_size: int = 500) -> tuple[torch.Tensor, dict[str, list[str]]]:
-        """(features (N, 128), the value of every attribute, N each) of images (N, 3, H, W) in [-1, 1]."""
+        """(features (N, 64), the value of every attribute, N each) of images (N, 3, H, W) in [-1, 1]."""
         features = torch.cat([self.features(batch) for batch in images.split(batch_size)])
         found = {}
         for (name, values), head in zip(self.attributes.items(), self.heads, strict=True):

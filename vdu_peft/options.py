@@ -47,7 +47,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     _model_argument(sub)
     sub.add_argument("--forget_data", required=True, help="folder of images, .npz file, or hub dataset id")
     sub.add_argument("--output_dir", type=Path, required=True)
-    _source_arguments(sub, split="train", label_required=False)
+    _source_arguments(sub, split="train")
     sub.add_argument("--forget_label", nargs="+", default=[], help="keep only images that the data set labels so")
     sub.add_argument("--max_forget_images", type=int, help="use at most this many, evenly spread")
     sub.add_argument("--forget_prompt", help="of a text-to-image model: what draws the forget images")
@@ -57,6 +57,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "metadata.jsonl in the folder (beside file_name), of a hub dataset, or an array of an .npz",
     )
     sub.add_argument("--anchor_prompt", default="", help="what that prompt shall draw instead; default: no condition")
+    sub.add_argument(
+        "--forget_concept",
+        nargs="+",
+        default=[],
+        help="words of the captions that are to be forgotten, rather than all that a caption says: every image's own "
+        "caption, with anchor_concept in place of them, is what its caption shall draw instead",
+    )
+    sub.add_argument("--anchor_concept", default="", help="default: the words are left out")
     sub.add_argument(
         "--retain_prompts", type=Path, help="file of prompts to retain, one a line; default: everyday things"
     )
@@ -135,16 +143,31 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "evaluate",
         "Measure what an adapter forgot and what it cost, by a judge and real images.",
         "vdu-peft evaluate --model base --adapter out/adapter --judge judge.safetensors --reference test.npz "
-        "--image_column images --label_column labels --forget_class 3 --output_dir report",
+        "--image_column images --label_column labels --forget_class 3 --output_dir report\n"
+        "  vdu-peft evaluate --model sd --adapter out/adapter --prompts prompts.csv --judge judge.safetensors "
+        "--forget_attribute weapon=sword --output_dir report",
     )
     _model_argument(sub)
     sub.add_argument("--adapter", type=Path, required=True)
     sub.add_argument(
-        "--judge", type=Path, required=True, help="safetensors of a classifier, see examples/train_judge.py"
+        "--judge",
+        type=Path,
+        help="safetensors of a classifier, see examples/train_judge.py, or train_attribute_judge.py for prompts",
     )
-    sub.add_argument("--reference", required=True, help=".npz or hub dataset of real images with labels")
-    _source_arguments(sub, split="test", label_required=True)
-    sub.add_argument("--forget_class", type=int, required=True, help="the judge's number of the forgotten class")
+    sub.add_argument(
+        "--reference", help="real images: with labels, of all classes; for prompts without labels or the target"
+    )
+    _source_arguments(sub, split="test")
+    sub.add_argument("--forget_class", type=int, help="the judge's number of the forgotten class")
+    sub.add_argument(
+        "--prompts",
+        type=Path,
+        help="of a text-to-image model: CSV with a column prompt; seed, guidance_scale and the judge's attributes "
+        "(what the prompt asks of each) where it has them",
+    )
+    sub.add_argument("--forget_attribute", help="what the adapter forgot, as the judge calls it: weapon=sword")
+    sub.add_argument("--clip_model", help="hub id or folder: measure the CLIP score of image and prompt, too")
+    sub.add_argument("--resolution", type=int, help="of a text-to-image model; default the model's own")
     sub.add_argument(
         "--num_samples", type=int, default=1000, help="samples with the adapter off, and as many with it on"
     )
@@ -210,13 +233,11 @@ def _model_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _source_arguments(parser: argparse.ArgumentParser, split: str, label_required: bool) -> None:
+def _source_arguments(parser: argparse.ArgumentParser, split: str) -> None:
     """Where images and labels lie in an ImageSource."""
     parser.add_argument("--dataset_split", default=split, help="split of a hub dataset")
     parser.add_argument("--image_column", help="image column of a hub dataset, or array name in an .npz")
-    parser.add_argument(
-        "--label_column", required=label_required, help="label column of a hub dataset, or array name in an .npz"
-    )
+    parser.add_argument("--label_column", help="label column of a hub dataset, or array name in an .npz")
 
 
 def _output_arguments(parser: argparse.ArgumentParser) -> None:

@@ -63,6 +63,7 @@ def unlearn(
     adapter: VDUConfig | None = None,
     *,
     forget_labels: torch.Tensor | None = None,
+    anchor_labels: torch.Tensor | None = None,
     replay: torch.Tensor | None = None,
     replay_labels: torch.Tensor | None = None,
     output_dir: str | Path | None = None,
@@ -78,6 +79,8 @@ def unlearn(
         adapter: the adapter; :meth:`VDUConfig.for_model` when None.
         forget_labels: (N,) int64, of a model with a condition, the label under which it knows each forget image;
             ``config.forget_class`` for all when None.
+        anchor_labels: (N,) int64, what each forget image's label shall draw instead; ``config.anchor_class`` for all
+            when None.
         replay: (M, C, H, W) in [-1, 1] to retain; the model draws its own when None.
         replay_labels: (M,) int64, the classes of ``replay``, for a class-conditional model.
         output_dir: gets ``adapter/``, ``history.json`` and checkpoints; nothing is written when None.
@@ -91,7 +94,7 @@ def unlearn(
     config = config or UnlearnConfig()
     denoiser = as_denoiser(model)
     forget = check_images(forget, denoiser.image_size, denoiser.channels, "forget images")
-    classes = run_classes(denoiser, config, forget_labels, len(forget))
+    classes = run_classes(denoiser, config, forget_labels, len(forget), anchor_labels)
     if replay is None and classes and len(classes.retained) > config.replay_size:
         raise ConfigError(
             f"replay_size: {config.replay_size} images cannot show all {len(classes.retained)} classes to retain"
@@ -141,7 +144,7 @@ def unlearn(
         config,
         peft_model.active_peft_config,
         images,
-        classes.forget_labels if classes else None,
+        torch.cat([classes.forget_labels[:, None], classes.anchors], dim=1) if classes else None,
         given_replay,
         getattr(denoiser, "prompts", None),
         accelerator.num_processes,

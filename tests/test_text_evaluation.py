@@ -1,0 +1,177 @@
+"""Prompt files, per-prompt seeds and guidance against the stock pipeline, and every figure counted by hand."""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_text_pipeline
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+from vdu_peft.denoiser import ModelError
+from vdu_peft.judge import AttributeJudge
+from vdu_peft.metrics import frechet_distance
+from vdu_peft.text_denoiser import TextDenoiser
+from vdu_peft.text_evaluation import (
+    EvaluationPrompt,
+    PromptFileError,
+    Target,
+    attribute_accuracy,
+    clip_scores,
+    draw,
+    evaluate_prompts,
+    read_prompt_file,
+)
+
+ATTRIBUTES = {"who": ["elf", "orc"], "weapon": ["", "axe", "sword"]}
+SWORD = Target("weapon", ("sword",))
+
+
+def prompt(who: str, weapon: str) -> EvaluationPrompt:
+    return EvaluationPrompt(f"{who} {weapon}".strip(), attributes={"who": who, "weapon": weapon})
+
+
+class Reader(AttributeJudge):
+    """Reads what was written into the first pixels: exact, where a trained judge is not."""
+
+    def judge(self, images, batch_size=500):
+        found = {
+            name: [values[int(i)] for i in images[:, 0, 0, k]]
+            for k, (name, values) in enumerate(self.attributes.items())
+        }
+        return images.flatten(1)[:, :4], found
+
+
+def picture(who: str, weapon: str) -> torch.Tensor:
+    image = torch.zeros(3, 8, 8)
+    image[0, 0, 0], image[0, 0, 1] = ATTRIBUTES["who"].index(who), ATTRIBUTES["weapon"].index(weapon)
+    return image
+
+
+def test_figures_by_hand():
+    prompts = [
+        prompt("elf", "sword"),
+        prompt("orc", "sword"),
+        prompt("elf", "axe"),
+        prompt("orc", ""),
+        prompt("orc", "axe"),
+    ]
+    before = torch.stack([picture(**p.attributes) for p in prompts])
+    after = torch.stack(
+        [
+            picture("elf", "axe"),  # forgotten, the rest kept
+            picture("elf", "sword"),  # not forgotten, the rest lost
+            picture("elf", "axe"),
+            picture("elf", "sword"),  # who is wrong; a weapon was not asked for
+            picture("orc", "sword"),  # the weapon is wrong
+        ]
+    )
+    report = evaluate_prompts(before, after, prompts, SWORD, Reader(ATTRIBUTES, (8, 8)))
+    assert report.figures == {
+        "UA": (0.0, 0.5),
+        "IRA": (1.0, 0.5),
+        "CRA": (1.0, pytest.approx(2 / 3)),
+        "target prompts, other attributes": (1.0, 0.5),
+    }
+    assert "2 images of target prompts, 3 of others" in report.lines()[0]
+
+
+def test_distances_are_to_the_reference(monkeypatch, tmp_path):
+    monkeypatch.setattr("vdu_peft.text_evaluation.MIN_FID_IMAGES", 20)
+    torch.manual_seed(0)
+    prompts = [prompt("elf", weapon) for weapon in ["sword"] * 30 + ["axe"] * 30 + ["axe"] * 2]
+    judge, images = Reader(ATTRIBUTES, (8, 8)), torch.rand(2, 62, 3, 8, 8)
+    reference = torch.rand(50, 3, 8, 8)
+    report = evaluate_prompts(*images, prompts, SWORD, judge, reference)
+    features = [judge.judge(batch)[0] for batch in (images[0][:30], images[1][30:], reference)]
+    assert report.figures["FID, target prompts"][0] == pytest.approx(frechet_distance(features[0], features[2]))
+    assert report.figures["FID, other prompts"][1] == pytest.approx(frechet_distance(features[1], features[2]))
+    report.save(tmp_path, *images, seed=3)
+    record = json.loads((tmp_path / "report.json").read_text())
+    assert record["num_target"] == 30 and record["seed"] == 3 and (tmp_path / "grid.png").is_file()
+    assert record["figures"]["UA"] == {"before": report.figures["UA"][0], "after": report.figures["UA"][1]}
+
+
+def test_accuracy_of_nothing_asked_is_nan():
+    assert attribute_accuracy({"who": ["elf"], "weapon": ["axe"]}, [prompt("elf", "")], ["weapon"]) != 0
+    assert attribute_accuracy({"who": ["elf"], "weapon": ["axe"]}, [prompt("elf", "")], ["who", "weapon"]) == 1
+
+
+def test_a_prompt_file_is_read_as_the_field_writes_it(tmp_path):
+    file = tmp_path / "i2p.csv"
+    file.write_text(
+        'prompt,sd_seed,sd_guidance_scale,who,weapon\n"an elf, with a sword",7,6.5,elf,sword\nan orc,,,orc,\n'
+    )
+    judge = AttributeJudge(ATTRIBUTES, (8, 8))
+    first, second = read_prompt_file(file, judge, SWORD)
+    assert first == EvaluationPrompt("an elf, with a sword", 7, 6.5, {"who": "elf", "weapon": "sword"})
+    assert second == EvaluationPrompt("an orc", None, None, {"who": "orc", "weapon": ""})
+    assert read_prompt_file(file, None, None)[0] == EvaluationPrompt("an elf, with a sword", 7, 6.5)
+
+
+@pytest.mark.parametrize(
+    ("content", "target", "message"),
+    [
+        ("text\na cat\n", SWORD, "no rows with a column 'prompt'"),
+        ("prompt\n", SWORD, "no rows with a column 'prompt'"),
+        ("prompt,seed\na cat,x\n", None, "line 2: invalid literal"),
+        ("prompt,who\nan elf,elf\na cat,cat\n", SWORD, "line 3: the judge knows no who 'cat'"),
+        ("prompt,weapon\nan axe,axe\n", SWORD, "no prompt asks for weapon sword"),
+        ("prompt,weapon\nan axe,axe\n", Target("weapon", ("club",)), "the judge knows no weapon 'club'"),
+        ("prompt,weapon\nan axe,axe\n", Target("hat", ("cap",)), "the judge knows no hat$"),
+    ],
+)
+def test_bad_prompt_files_are_named(tmp_path, content, target, message):
+    (tmp_path / "prompts.csv").write_text(content)
+    with pytest.raises(PromptFileError, match=message):
+        read_prompt_file(tmp_path / "prompts.csv", AttributeJudge(ATTRIBUTES, (8, 8)), target)
+
+
+def test_targets():
+    assert Target.parse("clothes=red robe, blue robe") == Target("clothes", ("red robe", "blue robe"))
+    for text in ("sword", "weapon=", "=sword"):
+        with pytest.raises(PromptFileError, match="not of the form attribute=value"):
+            Target.parse(text)
+    with pytest.raises(PromptFileError, match="not a readable CSV"):
+        read_prompt_file("/nowhere/prompts.csv", None, None)
+
+
+def test_each_prompt_is_drawn_with_its_own_seed_and_guidance(tmp_path):
+    pipeline = tiny_text_pipeline(tmp_path)
+    prompts = [EvaluationPrompt("a cat", 5, 3.0), EvaluationPrompt("a sword"), EvaluationPrompt("a sword", 9, 3.0)]
+    denoiser = TextDenoiser(pipeline, [p.text for p in prompts])
+    images = draw(denoiser, prompts, seed=2, num_inference_steps=3)
+    for i, (seed, guidance) in enumerate([(5, 3.0), (2 * 1_000_003 + 1, 7.5), (9, 3.0)]):
+        stock = pipeline(
+            prompts[i].text,
+            guidance_scale=guidance,
+            num_inference_steps=3,
+            generator=torch.Generator().manual_seed(seed),
+            height=16,
+            width=16,
+            output_type="pt",
+        ).images
+        torch.testing.assert_close((images[i] + 1) / 2, stock[0], atol=1e-5, rtol=0)
+
+
+def test_clip_scores_are_the_models_own_logits(tmp_path):
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokenizer = tiny_text_pipeline(tmp_path / "tokens").tokenizer
+    text = {**small, "vocab_size": len(tokenizer), "max_position_embeddings": 16, "eos_token_id": 53}
+    torch.manual_seed(0)
+    config = CLIPConfig(text_config=text, vision_config={**small, "image_size": 8, "patch_size": 4}, projection_dim=16)
+    CLIPModel(config).save_pretrained(tmp_path / "clip")
+    size = {"height": 8, "width": 8}
+    CLIPProcessor(CLIPImageProcessor(size=size, crop_size=size), tokenizer).save_pretrained(tmp_path / "clip")
+    images, prompts = torch.rand(3, 3, 8, 8) * 2 - 1, [EvaluationPrompt(text) for text in ("a cat", "a dog", "a hat")]
+    scores = clip_scores(images, prompts, str(tmp_path / "clip"))
+    model, processor = CLIPModel.from_pretrained(tmp_path / "clip"), CLIPProcessor.from_pretrained(tmp_path / "clip")
+    expected = []
+    for image, p in zip(((images + 1) * 127.5).round().byte(), prompts, strict=True):
+        logits = model(**processor(text=[p.text], images=[image], return_tensors="pt")).logits_per_image
+        expected.append(100 * (logits / model.logit_scale.exp()).item())  # one at a time: no padding
+    assert scores.tolist() == pytest.approx(expected, abs=1e-3)
+    figures = evaluate_prompts(images, images.flip(0), prompts, clip_model=str(tmp_path / "clip")).figures
+    assert list(figures) == ["CLIP score, target prompts"]
+    assert figures["CLIP score, target prompts"][0] == pytest.approx(sum(expected) / 3, abs=1e-3)
+    with pytest.raises(ModelError, match="cannot be loaded as a CLIP model"):
+        clip_scores(images, prompts, str(tmp_path / "nowhere"))
