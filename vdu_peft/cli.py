@@ -25,7 +25,7 @@ from vdu_peft.export import export_lora, merge
 from vdu_peft.hub import HubError, check_hub, push_to_hub
 from vdu_peft.judge import AttributeJudge, Judge, JudgeError
 from vdu_peft.options import ADAPTER_OPTIONS, parse
-from vdu_peft.text_denoiser import TextDenoiser, neutral_prompts, open_denoiser, read_prompts
+from vdu_peft.text_denoiser import TextDenoiser, anchor_prompts, neutral_prompts, open_denoiser, read_prompts
 from vdu_peft.text_evaluation import PromptFileError, Target, draw, evaluate_prompts, read_prompt_file
 from vdu_peft.trainer import UnlearnError, unlearn
 
@@ -120,6 +120,7 @@ def _unlearn(args: argparse.Namespace) -> int:
     dtypes = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     denoiser = open_denoiser(args.model, prompts, dtypes[config.mixed_precision], resolution=args.resolution)
     config = _with_prompts(config, denoiser, args)
+    _set_guidance(denoiser, args)
     forget_labels = torch.tensor([denoiser.label(caption) for caption in captions]) if captions else None
     anchor_labels = torch.tensor([denoiser.label(caption) for caption in anchors]) if anchors else None
     forget = source.load(denoiser.image_size, denoiser.channels)
@@ -156,15 +157,7 @@ def _anchor_captions(captions: list[str], args: argparse.Namespace) -> list[str]
     if args.plasticity != "hinge" or args.anchor_prompt:
         name = "anchor_prompt" if args.anchor_prompt else f"plasticity {args.plasticity}"
         raise ConfigError(f"forget_concept: every caption is redirected to one of its own; leave out {name}")
-    anchors = []
-    for caption in captions:
-        anchor = caption
-        for concept in args.forget_concept:
-            anchor = anchor.replace(concept, args.anchor_concept)
-        if anchor == caption:
-            raise ConfigError(f"forget_concept: none of it is in the caption {caption!r}; take that image out")
-        anchors.append(" ".join(anchor.split()))
-    return anchors
+    return anchor_prompts(captions, args.forget_concept, args.anchor_concept)
 
 
 def _with_prompts(config: UnlearnConfig, denoiser: Denoiser, args: argparse.Namespace) -> UnlearnConfig:
@@ -188,6 +181,13 @@ def _with_prompts(config: UnlearnConfig, denoiser: Denoiser, args: argparse.Name
         if getattr(config, name) is not None:
             raise ConfigError(f"{name}: a text-to-image model's classes are prompts; use forget_prompt, anchor_prompt")
     return dataclasses.replace(config, **{name: denoiser.label(prompt) for name, prompt in labels.items()})
+
+
+def _set_guidance(denoiser: Denoiser, args: argparse.Namespace) -> None:
+    if args.guidance_scale is not None:
+        if not isinstance(denoiser, TextDenoiser):
+            raise ConfigError(f"guidance_scale: {args.model} is not a text-to-image model; leave it out")
+        denoiser.guidance_scale = args.guidance_scale
 
 
 def _outcome(result, output_dir: Path) -> int:
@@ -214,15 +214,14 @@ def _sample(args: argparse.Namespace) -> int:
     if args.output_file.suffix.lower() not in Image.registered_extensions():
         raise ConfigError(f"{args.output_file}: not an image file name; end it in .png")
     denoiser = open_denoiser(args.model, args.prompt, resolution=args.resolution).to_best_device()
+    _set_guidance(denoiser, args)
     options = {"seed": args.seed, "num_inference_steps": args.num_inference_steps}
     if isinstance(denoiser, TextDenoiser):
         if args.class_labels:
             raise ConfigError("class_labels: a text-to-image model's classes are prompts; use prompt")
         options["class_labels"] = [denoiser.label(prompt) for prompt in args.prompt or [""]]
-        options["guidance_scale"] = args.guidance_scale
-    elif args.prompt or args.guidance_scale is not None:
-        name = "prompt" if args.prompt else "guidance_scale"
-        raise ConfigError(f"{name}: {args.model} is not a text-to-image model; leave it out")
+    elif args.prompt:
+        raise ConfigError(f"prompt: {args.model} is not a text-to-image model; leave it out")
     elif denoiser.num_classes:
         labels = args.class_labels or range(denoiser.num_classes)
         if not {*labels} <= {*range(denoiser.num_classes)}:
@@ -308,7 +307,7 @@ def _evaluate_class(args: argparse.Namespace) -> int:
     for name in ("judge", "reference", "label_column", "forget_class"):
         if getattr(args, name) is None:
             raise ConfigError(f"{name}: needed to evaluate a forgotten class; for text-to-image models give prompts")
-    for name in ("forget_attribute", "clip_model", "resolution"):
+    for name in ("forget_attribute", "clip_model", "resolution", "guidance_scale"):
         if getattr(args, name) is not None:
             raise ConfigError(f"{name}: goes with prompts")
     _check_evaluation(args.num_samples)
@@ -363,6 +362,7 @@ def _evaluate_prompts(args: argparse.Namespace) -> int:
     denoiser = open_denoiser(args.model, [prompt.text for prompt in prompts], resolution=args.resolution)
     if not isinstance(denoiser, TextDenoiser):
         raise ConfigError(f"prompts: {args.model} is not a text-to-image model")
+    _set_guidance(denoiser, args)
     if judge and denoiser.image_size != judge.image_size:
         raise ConfigError(f"judge: takes {judge.image_size} images, {args.model} draws {denoiser.image_size}")
     reference = None

@@ -68,7 +68,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     sub.add_argument(
         "--retain_prompts", type=Path, help="file of prompts to retain, one a line; default: everyday things"
     )
-    sub.add_argument("--resolution", type=int, help="of a text-to-image model; default the model's own")
+    _text_arguments(sub)
     sub.add_argument("--target_modules", nargs="+", help="modules to adapt; the default suits the model")
     sub.add_argument(
         "--resume_from_checkpoint", choices=("latest",), help="go on from the last checkpoint in output_dir"
@@ -95,8 +95,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     sub.add_argument("--num_images", type=int, default=64)
     sub.add_argument("--class_labels", type=int, nargs="+", help="of a class-conditional model: draw these in turn")
     sub.add_argument("--prompt", nargs="+", default=[], help="of a text-to-image model: draw these in turn")
-    sub.add_argument("--guidance_scale", type=float, help="of a text-to-image model; default the stock pipeline's")
-    sub.add_argument("--resolution", type=int, help="of a text-to-image model; default the model's own")
+    _text_arguments(sub)
     sub.add_argument("--num_inference_steps", type=int, default=25)
     sub.add_argument("--output_file", type=Path, default=Path("samples.png"))
     sub.add_argument("--seed", type=int, default=0)
@@ -167,7 +166,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     sub.add_argument("--forget_attribute", help="what the adapter forgot, as the judge calls it: weapon=sword")
     sub.add_argument("--clip_model", help="hub id or folder: measure the CLIP score of image and prompt, too")
-    sub.add_argument("--resolution", type=int, help="of a text-to-image model; default the model's own")
+    _text_arguments(sub)
     sub.add_argument(
         "--num_samples", type=int, default=1000, help="samples with the adapter off, and as many with it on"
     )
@@ -238,6 +237,12 @@ def _source_arguments(parser: argparse.ArgumentParser, split: str) -> None:
     parser.add_argument("--dataset_split", default=split, help="split of a hub dataset")
     parser.add_argument("--image_column", help="image column of a hub dataset, or array name in an .npz")
     parser.add_argument("--label_column", help="label column of a hub dataset, or array name in an .npz")
+
+
+def _text_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a text-to-image model draws."""
+    parser.add_argument("--resolution", type=int, help="of a text-to-image model; default the model's own")
+    parser.add_argument("--guidance_scale", type=float, help="of a text-to-image model; default the stock pipeline's")
 
 
 def _output_arguments(parser: argparse.ArgumentParser) -> None:

@@ -37,6 +37,23 @@ def read_prompts(file: str | Path) -> list[str]:
     return prompts
 
 
+def anchor_prompts(prompts: Sequence[str], concepts: Sequence[str], anchor: str = "") -> list[str]:
+    """Each prompt with ``anchor`` in place of the concepts' words, which are looked for one after the other.
+
+    Raises:
+        ModelError: a prompt that holds none of them.
+    """
+    anchors = []
+    for prompt in prompts:
+        result = prompt
+        for concept in concepts:
+            result = result.replace(concept, anchor)
+        if result == prompt:
+            raise ModelError(f"forget_concept: none of it is in the caption {prompt!r}; take that image out")
+        anchors.append(" ".join(result.split()))
+    return anchors
+
+
 class TextDenoiser(Denoiser):
     """Stable Diffusion 1.x and 2.x (epsilon, v), SDXL, Stable Diffusion 3.x and Flux, on latents.
 

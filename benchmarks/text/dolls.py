@@ -1,0 +1,81 @@
+"""The dolls: data, base model, judge, and the concepts to forget."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vdu_peft.judge import AttributeJudge
+from vdu_peft.text_denoiser import TextDenoiser
+from vdu_peft.text_evaluation import EvaluationPrompt, Target
+
+FOLDER = Path(__file__).parent.parent / "models" / "dolls"
+# The base model follows prompts best with little guidance.
+GUIDANCE_SCALE = 2.0
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """A concept: how the judge knows it, and which words of a caption stand for it.
+
+    Attributes:
+        targets: the judge's attribute and values, one for each concept that is forgotten at once.
+        concepts: what is replaced in captions, one after the other.
+        anchor: by what.
+    """
+
+    targets: tuple[Target, ...]
+    concepts: tuple[str, ...]
+    anchor: str = ""
+
+    def is_shown(self, attributes: dict[str, str]) -> bool:
+        return any(attributes[target.attribute] in target.values for target in self.targets)
+
+
+COLOURS = ("black", "blue", "brown", "cyan", "green", "purple", "red", "white", "yellow")
+SWORD = Forgotten((Target("weapon", ("sword",)),), ("a sword and ", ", holding a sword"))
+RED_ROBE = Forgotten((Target("clothes", ("red robe",)),), ("a red robe and ", " wearing a red robe"))
+CONCEPTS = {
+    "sword": SWORD,
+    "red-robe": RED_ROBE,
+    "vampire": Forgotten((Target("species", ("vampire",)),), ("vampire",), "human"),
+    "robes": Forgotten(
+        (Target("clothes", tuple(f"{colour} robe" for colour in COLOURS)),),
+        tuple(words for colour in COLOURS for words in (f"a {colour} robe and ", f" wearing a {colour} robe")),
+    ),
+    "sword-and-red-robe": Forgotten((*SWORD.targets, *RED_ROBE.targets), (*SWORD.concepts, *RED_ROBE.concepts)),
+}
+
+
+class Dolls:
+    """Images, captions and attributes; the last twentieth is held out, as the training scripts hold it out.
+
+    Args:
+        folder: with ``pipeline/``, ``judge.safetensors`` and ``dolls.npz``.
+    """
+
+    def __init__(self, folder: Path = FOLDER):
+        self.folder = folder
+        arrays = np.load(folder / "dolls.npz", allow_pickle=False)
+        self.images = arrays["images"]
+        self.captions = arrays["captions"].tolist()
+        names = arrays["attribute_names"].tolist()
+        self.attributes = [dict(zip(names, row, strict=True)) for row in arrays["attributes"].tolist()]
+        self.count = len(self.images) - len(self.images) // 20
+        self.judge = AttributeJudge.from_file(folder / "judge.safetensors")
+
+    def denoiser(self, prompts: list[str]) -> TextDenoiser:
+        denoiser = TextDenoiser.from_pretrained(self.folder / "pipeline", prompts)
+        denoiser.guidance_scale = GUIDANCE_SCALE
+        denoiser.batch_size = 32
+        return denoiser
+
+    def evaluation_prompts(self, forgotten: Forgotten, num_target: int, num_others: int) -> list[EvaluationPrompt]:
+        """Held-out captions: ``num_target`` that ask for each target, in turn, then others."""
+        held_out = range(self.count, len(self.captions))
+        rows = []
+        for target in forgotten.targets:
+            these = [i for i in held_out if self.attributes[i][target.attribute] in target.values]
+            rows += [these[i % len(these)] for i in range(num_target)]
+        rows += [i for i in held_out if not forgotten.is_shown(self.attributes[i])][:num_others]
+        return [EvaluationPrompt(self.captions[i], attributes=self.attributes[i]) for i in rows]

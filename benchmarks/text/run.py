@@ -1,0 +1,161 @@
+"""Forget concepts in the dolls' text-to-image model by every method, and measure each.
+
+    python -m benchmarks.text.run
+    python -m benchmarks.text.run --concepts sword vampire --methods ours uce --jobs 2 --dry_run
+
+Every run writes one result; those that have one are not run again.
+"""
+
+import argparse
+import json
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from accelerate.utils import set_seed
+from safetensors.torch import load_file, save_file
+
+from benchmarks.experiment import RESULTS
+from benchmarks.run import code_version, environment
+from benchmarks.text.dolls import CONCEPTS, FOLDER, Dolls
+from benchmarks.text.esd import esd
+from benchmarks.text.task import TextTask, make_task
+from benchmarks.text.uce import uce
+from vdu_peft.config import UnlearnConfig, VDUConfig
+from vdu_peft.data import to_tensor
+from vdu_peft.text_denoiser import TextDenoiser
+from vdu_peft.text_evaluation import draw, evaluate_prompts
+from vdu_peft.trainer import UnlearnError, unlearn
+
+NAME = "dolls"
+SAMPLE_STEPS = 20
+NUM_FORGET, NUM_RETAINED_PROMPTS = 50, 100
+NUM_TARGET, NUM_OTHERS, NUM_REFERENCE = 108, 250, 500
+
+
+def ours(task: TextTask, variational: bool = True, **options) -> str:
+    """This package, from the forget images and their captions; options of UnlearnConfig."""
+    config = UnlearnConfig(null_class=task.denoiser.null_label, seed=task.seed, **options)
+    labels = {"forget_labels": task.labels(task.captions), "anchor_labels": task.labels(task.anchors)}
+    adapter = VDUConfig.for_model(task.denoiser.model, variational=variational)
+    try:
+        result = unlearn(task.denoiser, task.forget, config, adapter, **labels)
+    except UnlearnError:
+        return "not finite"
+    task.denoiser.model = result.model.merge_and_unload()
+    return result.status
+
+
+METHODS = {
+    "ours": (ours, {}),
+    "ours-deterministic": (ours, {"variational": False}),
+    "esd-x": (esd, {"parameters": "x", "learning_rate": 3e-4, "steps": 200, "batch_size": 8, "guidance": 1.0}),
+    "esd-u": (esd, {"parameters": "u", "learning_rate": 1e-4, "steps": 200, "batch_size": 8, "guidance": 1.0}),
+    "uce": (uce, {"preserve_scale": 1.0, "ridge": 0.1}),
+}
+
+
+def run(concept: str, method: str, seed: int, results: Path, folder: Path, threads: int, commit: str) -> None:
+    """Forget, draw, judge, write the result and a picture; in a process of its own."""
+    torch.set_num_threads(threads)
+    dolls, forgotten = Dolls(folder), CONCEPTS[concept]
+    prompts = dolls.evaluation_prompts(forgotten, NUM_TARGET, NUM_OTHERS)
+    before = base_images(dolls, concept, prompts, seed, results)
+    task = make_task(dolls, forgotten, NUM_FORGET, NUM_RETAINED_PROMPTS, seed)
+    function, options = METHODS[method]
+    set_seed(seed)
+    start = time.process_time()
+    status = function(task, **options)
+    cpu_seconds = time.process_time() - start
+    after = images_of(task.denoiser, prompts, seed)
+    reference = torch.stack(
+        [
+            to_tensor(dolls.images[i], task.denoiser.image_size, 3)
+            for i in range(dolls.count, len(dolls.images))
+            if not forgotten.is_shown(dolls.attributes[i])
+        ][:NUM_REFERENCE]
+    )
+    figures, count = {}, len(prompts) - NUM_OTHERS
+    for target in forgotten.targets:  # each by itself, against the prompts that ask for none of them
+        rows = [i for i, prompt in enumerate(prompts) if target.is_asked_by(prompt) or i >= count]
+        report = evaluate_prompts(before[rows], after[rows], [prompts[i] for i in rows], target, dolls.judge, reference)
+        figures[f"{target.attribute}={','.join(target.values)}"] = report.figures
+    record = {
+        "concept": concept,
+        "method": method,
+        "options": options,
+        "seed": seed,
+        "status": status,
+        "cpu_seconds": cpu_seconds,
+        "sampler": f"DDIM, {SAMPLE_STEPS} steps, guidance {task.denoiser.guidance_scale}, seed {seed + 1}",
+        "num_forget_images": NUM_FORGET,
+        "num_retained_prompts": NUM_RETAINED_PROMPTS,
+        "num_target_images": NUM_TARGET,
+        "num_other_images": NUM_OTHERS,
+        "figures": figures,
+        "environment": environment(commit),
+    }
+    file = result_file(concept, method, seed, results)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    report.save(file.with_suffix(""), before[rows], after[rows], method=method)
+    unfinished = file.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(record, indent=1) + "\n")
+    unfinished.replace(file)
+
+
+def result_file(concept: str, method: str, seed: int, results: Path) -> Path:
+    return results / NAME / f"{method}-{concept}-{seed}.json"
+
+
+def images_of(denoiser: TextDenoiser, prompts, seed: int) -> torch.Tensor:
+    """The evaluation prompts' images, by the network as it is now."""
+    reader = TextDenoiser(denoiser.pipeline, [prompt.text for prompt in prompts])
+    reader.model, reader.guidance_scale, reader.batch_size = denoiser.model, denoiser.guidance_scale, 32
+    return draw(reader, prompts, seed=seed + 1, num_inference_steps=SAMPLE_STEPS)
+
+
+def base_images(dolls: Dolls, concept: str, prompts, seed: int, results: Path) -> torch.Tensor:
+    """The base model's images, drawn once for all methods."""
+    file = results / f"{NAME}-before-{concept}-{seed}.safetensors"
+    if not file.is_file():
+        images = images_of(dolls.denoiser([]), prompts, seed)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"images": images}, file)
+    return load_file(file)["images"]
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--concepts", nargs="+", choices=CONCEPTS, default=list(CONCEPTS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--model_dir", type=Path, default=FOLDER, help="with pipeline/, judge.safetensors, dolls.npz")
+    parser.add_argument("--results_dir", type=Path, default=RESULTS)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; the cores are shared out among them")
+    parser.add_argument("--dry_run", action="store_true", help="list the missing runs and end")
+    args = parser.parse_args(argv)
+    missing = [
+        (concept, method, seed)
+        for seed in args.seeds
+        for concept in args.concepts
+        for method in args.methods
+        if not result_file(concept, method, seed, args.results_dir).is_file()
+    ]
+    if args.dry_run:
+        print("\n".join(f"{method}-{concept}-{seed}" for concept, method, seed in missing))
+        return 0
+    if not (args.model_dir / "pipeline").is_dir():
+        print(f"{args.model_dir}: no pipeline there; train it first", file=sys.stderr)
+        return 2
+    shared = (args.results_dir, args.model_dir, max(1, torch.get_num_threads() // args.jobs), code_version())
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        for future in [pool.submit(run, *item, *shared) for item in missing]:
+            future.result()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
