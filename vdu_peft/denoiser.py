@@ -147,7 +147,7 @@ class Denoiser:
         output = model(x_t.to(self.dtype), timesteps, **condition)
         return getattr(output, "sample", output)[:, : self.latent_shape[0]].float()
 
-    def _guided(self, x_t, timesteps, class_labels, guidance_scale: float) -> torch.Tensor:
+    def guided_prediction(self, x_t, timesteps, class_labels, guidance_scale: float) -> torch.Tensor:
         """What a sampler steps by."""
         output = self._predict(x_t, timesteps, class_labels, self.model)
         if guidance_scale == 1:
@@ -223,7 +223,7 @@ class Denoiser:
             batch_labels = None if labels is None else labels[start : start + batch_size].to(self.device)
             sampler = self.schedule.sampler(num_inference_steps, self.device)
             for t in sampler.timesteps:
-                output = self._guided(x_t, t.expand(len(x_t)), batch_labels, guidance_scale)
+                output = self.guided_prediction(x_t, t.expand(len(x_t)), batch_labels, guidance_scale)
                 x_t = sampler.step(output, t, x_t).prev_sample
                 bar.update(len(x_t))
             batches.append((self.decode(x_t) if decode else x_t).cpu())

@@ -5,6 +5,7 @@ redirecting it to an anchor and retaining the rest is the very code that class-c
 """
 
 from collections.abc import Sequence
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 
@@ -118,7 +119,7 @@ class TextDenoiser(Denoiser):
         self.num_classes = len(self.prompts)
         self.null_label = self.label("")
         with torch.no_grad():
-            self._embeddings = self.family.encode_prompts(pipeline, self.prompts, self.image_size)
+            self.embeddings = self.family.encode_prompts(pipeline, self.prompts, self.image_size)
 
     @classmethod
     def from_pretrained(
@@ -170,14 +171,14 @@ class TextDenoiser(Denoiser):
 
     def _predict(self, x_t, timesteps, class_labels, model, guidance_scale: float | None = None) -> torch.Tensor:
         labels = class_labels.cpu()
-        rows = {name: table[labels].to(x_t.device, self.dtype) for name, table in self._embeddings.items()}
+        rows = {name: table[labels].to(x_t.device, self.dtype) for name, table in self.embeddings.items()}
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
         return self.family.predict(model, x_t.to(self.dtype), timesteps, rows, guidance_scale).float()
 
-    def _guided(self, x_t, timesteps, class_labels, guidance_scale: float) -> torch.Tensor:
+    def guided_prediction(self, x_t, timesteps, class_labels, guidance_scale: float) -> torch.Tensor:
         if self.family.distilled:
             return self._predict(x_t, timesteps, class_labels, self.model, guidance_scale)
-        return super()._guided(x_t, timesteps, class_labels, guidance_scale)
+        return super().guided_prediction(x_t, timesteps, class_labels, guidance_scale)
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
@@ -186,11 +187,11 @@ class TextDenoiser(Denoiser):
         Raises:
             ModelError: the VAE gives what is not finite, as some do in float16.
         """
-        vae = self.pipeline.vae.to(self.device)
-        # One at a time: at SDXL's size eight would take 20 GiB.
-        latents = torch.cat(
-            [vae.encode(x[None].to(vae.device, vae.dtype)).latent_dist.mode().float().cpu() for x in images]
-        )
+        with self._vae() as vae:
+            # One at a time: at SDXL's size eight would take 20 GiB.
+            latents = torch.cat(
+                [vae.encode(x[None].to(vae.device, vae.dtype)).latent_dist.mode().float().cpu() for x in images]
+            )
         if not latents.isfinite().all():
             raise ModelError(f"{self.name}: its VAE gives NaN or infinite latents in {vae.dtype}; load it in float32")
         return (latents - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
@@ -198,10 +199,20 @@ class TextDenoiser(Denoiser):
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images (N, 3, H, W) float32 in [-1, 1] of latents."""
-        vae = self.pipeline.vae.to(self.device)
-        latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)
-        latents = latents.to(vae.device, vae.dtype)
-        return torch.cat([vae.decode(z[None]).sample.float() for z in latents]).clamp(-1, 1)
+        with self._vae() as vae:
+            latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+            latents = latents.to(vae.device, vae.dtype)
+            return torch.cat([vae.decode(z[None]).sample.float() for z in latents]).clamp(-1, 1)
+
+    @contextmanager
+    def _vae(self):
+        """The VAE beside the network; then back where it was, for it is idle while the adapter learns."""
+        vae = self.pipeline.vae
+        home = vae.device
+        try:
+            yield vae.to(self.device)
+        finally:
+            vae.to(home)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the complete pipeline, all in the network's dtype, as safetensors."""

@@ -170,7 +170,7 @@ def unlearn(
                     torch.manual_seed(int(torch.randint(2**31, ())) + accelerator.process_index)
                 # Around the backward too: gradient checkpointing runs the forward again in it.
                 with posterior_noise(denoiser.model):
-                    batch_terms = _terms(denoiser, network, batch, config, accelerator)
+                    batch_terms = loss_terms(denoiser, network, batch, config, accelerator)
                     kl = total_kl(denoiser.model)
                     loss = (
                         batch_terms["plasticity"]
@@ -248,9 +248,10 @@ def _prepared(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch
         accelerator.unwrap_model(network, keep_fp32_wrapper=False)
 
 
-def _terms(
+def loss_terms(
     denoiser: Denoiser, network: torch.nn.Module, batch: Batch, config: UnlearnConfig, accelerator: Accelerator
 ) -> dict[str, torch.Tensor]:
+    """The objective's terms of one batch, scalars by name; ``network`` is the denoiser's, as accelerate wrapped it."""
     images, noise, timesteps, labels, anchors = batch
     half = len(images) // 2
     x_t = denoiser.add_noise(images, noise, timesteps)

@@ -47,6 +47,6 @@ def draw_until(denoiser, labels: torch.Tensor, num_inference_steps: int = 20) ->
     stop = int(torch.randint(num_inference_steps, ()))
     x_t = torch.randn(len(labels), *denoiser.latent_shape)
     for t in sampler.timesteps[:stop]:
-        output = denoiser._guided(x_t, t.expand(len(x_t)), labels, denoiser.guidance_scale)
+        output = denoiser.guided_prediction(x_t, t.expand(len(x_t)), labels, denoiser.guidance_scale)
         x_t = sampler.step(output, t, x_t).prev_sample
     return x_t, sampler.timesteps[stop].expand(len(x_t))

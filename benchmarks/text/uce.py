@@ -15,7 +15,7 @@ from benchmarks.text.task import TextTask
 
 @torch.no_grad()
 def uce(task: TextTask, preserve_scale: float, ridge: float) -> str:
-    table = task.denoiser._embeddings["encoder_hidden_states"]
+    table = task.denoiser.embeddings["encoder_hidden_states"]
     edited, instead, kept = (
         table[task.labels(prompts)].flatten(0, 1).double() for prompts in (task.captions, task.anchors, task.retained)
     )
