@@ -1,0 +1,163 @@
+"""The text-to-image benchmark on a tiny pipeline: every method, one run whole, and the memory count by hand."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import tiny_text_pipeline
+from diffusers import UNet2DConditionModel
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from benchmarks.memory import LiveBytes, Released, step_bytes
+from benchmarks.text import run as text_run
+from benchmarks.text.dolls import CONCEPTS, Dolls, Forgotten
+from benchmarks.text.esd import esd
+from benchmarks.text.task import make_task
+from benchmarks.text.uce import uce
+from vdu_peft.judge import AttributeJudge
+from vdu_peft.text_denoiser import anchor_prompts
+from vdu_peft.text_evaluation import Target
+
+SWORD = Forgotten((Target("weapon", ("sword",)),), (", a sword",))
+
+
+@pytest.fixture
+def dolls(tmp_path) -> Dolls:
+    rows = [("elf" if i % 2 else "orc", ["", "axe", "sword"][i % 3]) for i in range(120)]
+    captions = [f"an {who}, a {weapon}" if weapon else f"an {who}" for who, weapon in rows]
+    images = np.random.default_rng(0).integers(0, 256, (120, 16, 16, 3), dtype=np.uint8)
+    names = ["species", "weapon"]
+    np.savez(tmp_path / "dolls.npz", images=images, captions=captions, attributes=rows, attribute_names=names)
+    attributes = {"species": ["elf", "orc"], "weapon": ["", "axe", "sword"]}
+    torch.manual_seed(0)
+    AttributeJudge(attributes, (16, 16)).save(tmp_path / "judge.safetensors")
+    tiny_text_pipeline(tmp_path / "tokens").save_pretrained(tmp_path / "pipeline")
+    return Dolls(tmp_path)
+
+
+def test_the_concepts_words_are_in_the_captions_they_are_cut_from():
+    captions = [
+        "a vampire wearing a red robe and a red hood, holding a sword",
+        "an elf wearing a red robe, holding a sword and a torch",
+    ]
+    assert anchor_prompts(captions, CONCEPTS["sword"].concepts) == [
+        "a vampire wearing a red robe and a red hood",
+        "an elf wearing a red robe, holding a torch",
+    ]
+    assert anchor_prompts(captions, CONCEPTS["robes"].concepts) == [
+        "a vampire wearing a red hood, holding a sword",
+        "an elf, holding a sword and a torch",
+    ]
+    assert anchor_prompts(captions[:1], CONCEPTS["vampire"].concepts, "human")[0].startswith("a human wearing")
+    assert anchor_prompts(captions, CONCEPTS["sword-and-red-robe"].concepts) == [
+        "a vampire wearing a red hood",
+        "an elf, holding a torch",
+    ]
+
+
+def test_a_task_has_no_image_or_prompt_of_the_held_out_split(dolls):
+    task = make_task(dolls, SWORD, num_images=12, num_retained=20, seed=0)
+    assert all("a sword" in caption for caption in task.captions) and task.forget.shape == (12, 3, 16, 16)
+    assert not any("sword" in prompt for prompt in [*task.anchors, *task.retained]) and dolls.count == 114
+    prompts = dolls.evaluation_prompts(SWORD, num_target=5, num_others=3)
+    assert [SWORD.is_shown(prompt.attributes) for prompt in prompts] == [True] * 5 + [False] * 3
+
+
+def test_uce_makes_the_concept_read_as_its_anchor(dolls):
+    """Nothing to preserve and hardly any ridge: keys and values of the edited captions become the anchors'."""
+    task = make_task(dolls, SWORD, num_images=2, num_retained=2, seed=0)
+    # Fewer tokens than channels, and no two alike: an edit that is exactly possible.
+    table = torch.randn(task.denoiser.num_classes, 8, 16)
+    task.denoiser.embeddings["encoder_hidden_states"] = table
+    edited, instead = (table[task.labels(prompts)] for prompts in (task.captions[:1], task.anchors[:1]))
+    one = task.__class__(task.denoiser, task.forget, task.captions[:1], task.anchors[:1], task.retained, 0)
+    name, module = next((n, m) for n, m in task.denoiser.model.named_modules() if n.endswith("attn2.to_k"))
+    before = module.weight.clone()
+    uce(one, preserve_scale=0.0, ridge=1e-9)
+    torch.testing.assert_close(edited @ module.weight.T, instead @ before.T, atol=1e-3, rtol=0)
+    module.weight.data = before
+    uce(one, preserve_scale=1.0, ridge=1e9)
+    torch.testing.assert_close(module.weight, before, atol=1e-5, rtol=0)  # all ridge: nothing changes
+
+
+@pytest.mark.parametrize("parameters", ["x", "u"])
+def test_esd_trains_what_it_says(dolls, parameters):
+    task = make_task(dolls, SWORD, num_images=4, num_retained=2, seed=0)
+    before = {name: p.clone() for name, p in task.denoiser.model.named_parameters()}
+    assert esd(task, parameters, learning_rate=1e-3, steps=2, batch_size=2, guidance=1.0) == "done"
+    changed = {name for name, p in task.denoiser.model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed and all(("attn2" in name) == (parameters == "x") for name in changed)
+
+
+def test_a_run_writes_a_result_that_tells_itself(dolls, tmp_path, monkeypatch, capsys):
+    for name, value in {
+        "NUM_FORGET": 8,
+        "NUM_RETAINED_PROMPTS": 4,
+        "NUM_TARGET": 4,
+        "NUM_OTHERS": 3,
+        "SAMPLE_STEPS": 2,
+    }.items():
+        monkeypatch.setattr(text_run, name, value)
+    monkeypatch.setitem(text_run.CONCEPTS, "sword", SWORD)
+    options = {"max_train_steps": 2, "train_batch_size": 2, "replay_size": 32, "replay_inference_steps": 2}
+    monkeypatch.setitem(text_run.METHODS, "ours", (text_run.ours, options))
+    threads = torch.get_num_threads()
+    text_run.run("sword", "ours", 0, tmp_path / "results", tmp_path, threads, "abc")
+    record = json.loads((tmp_path / "results" / "dolls" / "ours-sword-0.json").read_text())
+    assert record["options"] == options and record["environment"]["commit"] == "abc"
+    assert {*record["figures"]} == {"weapon=sword"} and "UA" in record["figures"]["weapon=sword"]
+    assert (tmp_path / "results" / "dolls" / "ours-sword-0" / "grid.png").is_file()
+    arguments = [
+        f"--results_dir={tmp_path / 'results'}",
+        "--concepts",
+        "sword",
+        "--methods",
+        "ours",
+        "uce",
+        "--dry_run",
+    ]
+    assert text_run.main(arguments) == 0
+    assert capsys.readouterr().out.split() == ["uce-sword-0"]
+    assert text_run.main([*arguments[:-1], f"--model_dir={tmp_path / 'nowhere'}"]) == 2
+
+
+def test_live_bytes_by_hand():
+    with FakeTensorMode(), LiveBytes() as live:
+        first = torch.empty(1000)  # 4,000 bytes
+        second = first * 2
+        view = second[:10]
+        assert live.now == live.peak == 8000
+        del first
+        assert live.now == 4000 and live.peak == 8000
+        del second
+        assert live.now == 4000  # the view holds it
+        del view
+        assert live.now == 0
+
+
+def test_memory_of_a_step_counts_what_is_there():
+    AcceleratorState._reset_state()  # one precision per process, and other tests had theirs
+    config = {
+        "sample_size": 16,
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "norm_num_groups": 4,
+        "cross_attention_dim": 16,
+        "attention_head_dim": 4,
+    }
+    prompt = {"encoder_hidden_states": (7, 16)}
+    tiny = Released("tiny", "StableDiffusionPipeline", UNet2DConditionModel, config, (4, 16, 16), prompt)
+    frozen, trained, peak = step_bytes(tiny, 2, gradient_checkpointing=False)
+    assert frozen == 2 * sum(p.numel() for p in UNet2DConditionModel(**config).parameters())  # bfloat16
+    assert frozen + trained < step_bytes(tiny, 2, gradient_checkpointing=True)[2] < peak
+    assert step_bytes(tiny, 4, gradient_checkpointing=False)[2] > 1.5 * peak - frozen
+    AcceleratorState._reset_state()
+
+
+def test_what_ships_is_small():
+    folder = Path(text_run.__file__).parent.parent / "models"
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 40 * 2**20
