@@ -61,7 +61,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--checkpointing_steps", type=int, default=1000, help="also writes a sample grid")
     parser.add_argument("--resume_from_checkpoint", choices=("latest",))
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.snr_gamma is not None and args.snr_gamma <= 0:
+        parser.error(f"--snr_gamma must be greater than 0, not {args.snr_gamma}")
+    return args
 
 
 def build_unet(

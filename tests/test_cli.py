@@ -301,7 +301,11 @@ def test_demo_runs_whole_and_stock_libraries_draw_what_we_draw(tmp_path, capsys)
     out = tmp_path / "demo"
     options = ["--num-samples=100", "--max_train_steps=3", "--learning_rate=0.02", "--replay_size=32"]
     options += ["--num_inference_steps=5", "--replay_inference_steps=5"]
-    main(["demo", f"--output_dir={out}", *options])
+    out.mkdir()
+    (out / "kept").touch()
+    assert main(["demo", f"--output_dir={out}", "--overwrite", "--num_inference_steps=0"]) == 2
+    assert (out / "kept").is_file() and "num_inference_steps must lie" in capsys.readouterr().err
+    main(["demo", f"--output_dir={out}", "--overwrite", *options])
     report = json.loads((out / "report.json").read_text())
     assert report["num_samples"] == 100 and sum(report["histogram_after"]) == pytest.approx(1)
     assert report["trained_parameters"] <= 0.1 * report["model_parameters"]

@@ -137,8 +137,12 @@ def test_an_attribute_judge_learns_and_reads_back(captioned, tmp_path):
         AttributeJudge.from_file(ROOT / "vdu_peft" / "assets" / "mnist" / "judge.safetensors")
 
 
-def test_min_snr_weights_of_train_ddpm():
+def test_min_snr_weights_of_train_ddpm(capsys):
     import train_ddpm
+
+    with pytest.raises(SystemExit):
+        train_ddpm.parse_args(["--train_data=x", "--output_dir=x", "--snr_gamma=0"])
+    assert "--snr_gamma must be greater than 0" in capsys.readouterr().err
 
     scheduler = DDPMScheduler()
     timesteps = torch.tensor([0, 10, 400, 999])

@@ -15,6 +15,7 @@ from benchmarks.memory import LiveBytes, Released, step_bytes
 from benchmarks.text import run as text_run
 from benchmarks.text.dolls import CONCEPTS, Dolls, Forgotten
 from benchmarks.text.esd import esd
+from benchmarks.text.tables import text_section
 from benchmarks.text.task import make_task
 from benchmarks.text.uce import uce
 from vdu_peft.judge import AttributeJudge
@@ -110,6 +111,9 @@ def test_a_run_writes_a_result_that_tells_itself(dolls, tmp_path, monkeypatch, c
     assert record["options"] == options and record["environment"]["commit"] == "abc"
     assert {*record["figures"]} == {"weapon=sword"} and "UA" in record["figures"]["weapon=sword"]
     assert (tmp_path / "results" / "dolls" / "ours-sword-0" / "grid.png").is_file()
+    lines = text_section([record])
+    assert [line.split("|")[2].strip() for line in lines[6:-1]] == ["untouched base", "ours"]
+    assert f"{record['figures']['weapon=sword']['UA'][1]:.1%}" in lines[-2]
     arguments = [
         f"--results_dir={tmp_path / 'results'}",
         "--concepts",

@@ -344,6 +344,21 @@ def test_replay_of_a_class_conditional_model_has_every_class_but_the_forgotten_o
     assert len(images) == len(labels) and set(labels.tolist()) <= {0, 2, 3} and len(labels) >= 6
 
 
+def test_classes_without_a_replay_image_are_told_of(forget, caplog):
+    """Three images for three classes, of which the filter leaves at most two."""
+    images, labels = generate_replay(
+        conditional_denoiser(),
+        forget,
+        num_images=3,
+        num_inference_steps=2,
+        keep_quantile=0.0,
+        seed=0,
+        class_labels=[0, 2, 3],
+    )
+    assert len(images) < 3 and f"all images of {3 - len(images)} of the 3 classes" in caplog.text
+    assert len({*labels.tolist()}) == len(labels)
+
+
 def test_classes_that_do_not_fit_the_model_are_refused(pipeline_folder, forget):
     with pytest.raises(ConfigError, match="forget_class: the model is class-conditional"):
         unlearn(conditional_denoiser(), forget, FAST)

@@ -235,6 +235,9 @@ def _sample(args: argparse.Namespace) -> int:
         denoiser.model = load_adapter(denoiser.model, args.adapter).get_base_model()
         panels = {}
         for scale in args.scale:
+            with adapter_scale(denoiser.model, scale):
+                pass  # a block that is not there fails now, not after the grids before it are drawn
+        for scale in args.scale:
             if isinstance(scale, dict):
                 title = ", ".join(f"{block} {value:g}" for block, value in scale.items())
             else:
@@ -399,6 +402,8 @@ def _check_libraries() -> None:
 def _demo(args: argparse.Namespace) -> int:
     config, adapter_options = _run_config(args)
     _check_evaluation(args.num_samples)
+    if not 1 <= args.num_inference_steps <= 1000:
+        raise ConfigError(f"num_inference_steps must lie in 1 to 1000, not {args.num_inference_steps}")
     _new_folder(args.output_dir, args.overwrite)
     if args.output_dir.exists():
         shutil.rmtree(args.output_dir)

@@ -1,11 +1,14 @@
 """What to retain, without data: the pre-trained model's own samples, less those that look like the forget set."""
 
+import logging
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
 from vdu_peft.denoiser import Denoiser, in_turn
+
+logger = logging.getLogger(__name__)
 
 # Where the mid block tells kinds of images apart: with less noise it sees real against generated instead.
 FEATURE_TIMESTEPS = (100, 300, 500)  # of 1000
@@ -57,7 +60,16 @@ def generate_replay(
     if keep.sum() < 2:
         # Nothing but the forget concept in the samples (or too few of them): the least alike half is the best there is.
         keep = sample_score <= sample_score.median()
-    return images[keep], None if labels is None else labels[keep]
+    if labels is None:
+        return images[keep], None
+    if left_out := len({*labels.tolist()} - {*labels[keep].tolist()}):
+        logger.warning(
+            "replay: all images of %d of the %d classes or prompts to retain look like the forget images and were "
+            "dropped; nothing holds those in place. A larger replay_size may",
+            left_out,
+            len({*labels.tolist()}),
+        )
+    return images[keep], labels[keep]
 
 
 def forget_scores(forget: torch.Tensor, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
