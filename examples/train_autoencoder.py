@@ -84,11 +84,12 @@ def autoencoder_loss(
 
 
 @torch.no_grad()
-def write_vae(vae: AutoencoderKL, images: torch.Tensor, folder: Path) -> None:
+def write_vae(vae: AutoencoderKL, images: torch.Tensor, folder: Path, decoder_only: bool) -> None:
     """The autoencoder with its latents' scale in its config, and a grid of images beside their reconstructions."""
     vae.eval()
     latents = torch.cat([vae.encode(batch).latent_dist.mode() for batch in images.split(64)])
-    vae.register_to_config(scaling_factor=1 / latents.std().item())
+    if not decoder_only:  # what learned from the latents knows them at this scale
+        vae.register_to_config(scaling_factor=1 / latents.std().item())
     vae.save_pretrained(folder / "vae", safe_serialization=True)
     shown = vae.decode(latents[:40]).sample
     labelled_grids({"images": images[:40].cpu(), "reconstructions": shown.cpu()}).save(folder / "reconstructions.png")
@@ -104,10 +105,14 @@ def main(argv=None) -> None:
     accelerator = Accelerator(
         project_config=ProjectConfiguration(args.output_dir, automatic_checkpoint_naming=True, total_limit=1)
     )
-    set_seed(args.seed, device_specific=True)
+    if accelerator.num_processes > 1:
+        raise SystemExit("the autoencoder is small: train it in one process")
+    set_seed(args.seed)
     images = ImageSource(args.train_data, image_column=args.image_column).load((args.resolution,) * 2, 3)
     # The last images are held out, as train_text_to_image.py has it.
     count = len(images) - max(len(images) // 20, 1)
+    if count < args.train_batch_size:
+        raise SystemExit(f"--train_batch_size {args.train_batch_size}: there are only {len(images)} images; lower it")
     images, held_out = images[:count], images[count:].to(accelerator.device)
     loader = DataLoader(ImageDataset(images), batch_size=args.train_batch_size, shuffle=True, drop_last=True)
     if args.decoder_of:
@@ -117,7 +122,6 @@ def main(argv=None) -> None:
     trained = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()] if args.decoder_of else vae.parameters()
     optimizer = torch.optim.Adam(trained, lr=args.learning_rate)
     lr_scheduler = get_cosine_schedule_with_warmup(optimizer, args.lr_warmup_steps, args.max_train_steps)
-    # Not wrapped for several processes: encode and decode are no forward that DistributedDataParallel would see.
     vae.to(accelerator.device)
     optimizer, loader, lr_scheduler = accelerator.prepare(optimizer, loader, lr_scheduler)
     accelerator.register_for_checkpointing(vae)
@@ -143,7 +147,7 @@ def main(argv=None) -> None:
             if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
                 accelerator.step = step
                 accelerator.save_state()
-                write_vae(vae, held_out, args.output_dir)
+                write_vae(vae, held_out, args.output_dir, decoder_only=bool(args.decoder_of))
             if step == args.max_train_steps:
                 break
 

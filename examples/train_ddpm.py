@@ -159,6 +159,7 @@ def main(argv=None) -> None:
     step = 0
     if args.resume_from_checkpoint:
         accelerator.load_state()
+        ema.to(accelerator.device)  # what was loaded is on the CPU
         step = accelerator.step
         accelerator.project_configuration.iteration = step // args.checkpointing_steps
     logger.info("%d images, %d parameters", len(images), sum(p.numel() for p in unet.parameters()))

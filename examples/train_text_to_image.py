@@ -160,9 +160,11 @@ def main(argv=None) -> None:
     pipeline = build_pipeline(args, vae, tokenizer)
     images = source.load((vae.config.sample_size,) * 2, vae.config.in_channels)
     held_out = max(len(images) // 20, 1)
+    if len(images) - held_out < args.train_batch_size * accelerator.num_processes:
+        raise SystemExit(f"--train_batch_size {args.train_batch_size}: there are only {len(images)} images; lower it")
     with torch.no_grad():
         modes = [vae.encode(batch.to(vae.device)).latent_dist.mode().cpu() for batch in images[:-held_out].split(64)]
-    latents = torch.cat(modes) * vae.config.scaling_factor
+    latents = (torch.cat(modes) - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
     options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
     input_ids = tokenizer(captions[:-held_out], **options).input_ids
     empty_ids = tokenizer([""], **options).input_ids.to(accelerator.device)
@@ -182,6 +184,7 @@ def main(argv=None) -> None:
     step = 0
     if args.resume_from_checkpoint:
         accelerator.load_state()
+        ema.to(accelerator.device)  # what was loaded is on the CPU
         step = accelerator.step
         accelerator.project_configuration.iteration = step // args.checkpointing_steps
     logger.info("%d images, %d parameters", len(latents), sum(p.numel() for p in network.parameters()))

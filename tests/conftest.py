@@ -143,8 +143,8 @@ def tiny_text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
     )
 
 
-def tiny_flow_pipeline(folder, family: str = "sd3", **scheduler_options):
-    """A random StableDiffusion3Pipeline (``sd3``) or FluxPipeline (``flux``) for 16 x 16 images."""
+def tiny_flow_pipeline(folder, family: str = "sd3"):
+    """A random StableDiffusion3Pipeline (``sd3``) or FluxPipeline (``flux``, ``schnell``) for 16 x 16 images."""
     parts = tiny_text_parts(folder, 4, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False)
     config = tiny_text_config(parts["tokenizer"])
     t5_tokenizer, t5 = tiny_t5()
@@ -164,7 +164,7 @@ def tiny_flow_pipeline(folder, family: str = "sd3", **scheduler_options):
         parts |= {"text_encoder": CLIPTextModelWithProjection(config).eval()}
         parts |= {"text_encoder_2": CLIPTextModelWithProjection(config).eval(), "tokenizer_2": parts["tokenizer"]}
         parts |= {"text_encoder_3": t5, "tokenizer_3": t5_tokenizer}
-        parts["scheduler"] = FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **scheduler_options})
+        parts["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=3.0)
         # Its text encoders' embeddings are laid side by side, and T5's are wider.
         parts["text_encoder_3"] = T5EncoderModel(T5Config(**{**t5.config.to_dict(), "d_model": 32})).eval()
         pipeline = StableDiffusion3Pipeline(**parts)
@@ -178,12 +178,13 @@ def tiny_flow_pipeline(folder, family: str = "sd3", **scheduler_options):
             num_attention_heads=2,
             joint_attention_dim=16,
             pooled_projection_dim=16,
-            guidance_embeds=True,
+            guidance_embeds=family == "flux",
             axes_dims_rope=(4, 4, 8),
         ).eval()
         parts |= {"text_encoder": CLIPTextModel(config).eval(), "text_encoder_2": t5, "tokenizer_2": t5_tokenizer}
-        options = {"shift": 3.0, "use_dynamic_shifting": True, **scheduler_options}
-        pipeline = FluxPipeline(scheduler=FlowMatchEulerDiscreteScheduler(**options), **parts)
+        dev = {"shift": 3.0, "use_dynamic_shifting": True}
+        scheduler = FlowMatchEulerDiscreteScheduler(**(dev if family == "flux" else {}))
+        pipeline = FluxPipeline(scheduler=scheduler, **parts)
         pipeline.default_sample_size = 8
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -191,7 +192,7 @@ def tiny_flow_pipeline(folder, family: str = "sd3", **scheduler_options):
 
 def tiny_text_pipeline(folder, family: str = "sd", prediction_type: str = "epsilon"):
     """A random pipeline for 16 x 16 images: ``sd``, ``sdxl``, or one of :func:`tiny_flow_pipeline`'s."""
-    if family in ("sd3", "flux"):
+    if family in ("sd3", "flux", "schnell"):
         return tiny_flow_pipeline(folder, family)
     parts = tiny_text_parts(folder, 4)
     tokenizer, text_config = parts["tokenizer"], tiny_text_config(parts["tokenizer"])

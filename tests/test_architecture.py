@@ -52,6 +52,7 @@ ALLOWED = {
     "options": {"config", "export"},
     "cli": {
         "adapter",
+        "classes",
         "compose",
         "config",
         "data",

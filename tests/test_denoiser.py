@@ -3,7 +3,14 @@ import shutil
 import pytest
 import torch
 from conftest import tiny_unet
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from safetensors.torch import save_file
 from torch import nn
 
@@ -84,6 +91,16 @@ def test_from_pretrained_reads_pipeline_and_bare_unet_alike(pipeline_folder):
     assert torch.equal(pipeline.noise_pred(x_t, t), bare.noise_pred(x_t, t))
     stock = DDPMPipeline.from_pretrained(pipeline_folder)
     assert torch.equal(as_denoiser(stock).noise_pred(x_t, t), stock.unet(x_t, t).sample)
+
+
+def test_a_flow_is_read_back_as_a_flow(tmp_path):
+    denoiser = Denoiser(tiny_unet(), FlowMatchEulerDiscreteScheduler(shift=2.0))
+    denoiser.save_pretrained(tmp_path / "flow")
+    again = Denoiser.from_pretrained(tmp_path / "flow")
+    assert again.prediction_type == "flow" and again.scheduler.config.shift == 2.0
+    torch.testing.assert_close(*(d.sample(1, seed=0, num_inference_steps=3) for d in (denoiser, again)))
+    with pytest.raises(ModelError, match="EDMEulerScheduler: only noise schedules with betas"):
+        Denoiser(tiny_unet(), EDMEulerScheduler())
 
 
 def test_bad_models_are_named(pipeline_folder, tmp_path):

@@ -1,6 +1,7 @@
 """The text-to-image benchmark on a tiny pipeline: every method, one run whole, and the memory count by hand."""
 
 import json
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,11 @@ SWORD = Forgotten((Target("weapon", ("sword",)),), (", a sword",))
 @pytest.fixture
 def dolls(tmp_path) -> Dolls:
     rows = [("elf" if i % 2 else "orc", ["", "axe", "sword"][i % 3]) for i in range(120)]
-    captions = [f"an {who}, a {weapon}" if weapon else f"an {who}" for who, weapon in rows]
+    names = ["".join(letters) for letters in product("abcdefghijkl", repeat=2)]  # no two captions alike
+    captions = [
+        f"{n} an {who}, a {weapon}" if weapon else f"{n} an {who}"
+        for n, (who, weapon) in zip(names, rows, strict=False)
+    ]
     images = np.random.default_rng(0).integers(0, 256, (120, 16, 16, 3), dtype=np.uint8)
     names = ["species", "weapon"]
     np.savez(tmp_path / "dolls.npz", images=images, captions=captions, attributes=rows, attribute_names=names)
@@ -63,6 +68,7 @@ def test_a_task_has_no_image_or_prompt_of_the_held_out_split(dolls):
     task = make_task(dolls, SWORD, num_images=12, num_retained=20, seed=0)
     assert all("a sword" in caption for caption in task.captions) and task.forget.shape == (12, 3, 16, 16)
     assert not any("sword" in prompt for prompt in [*task.anchors, *task.retained]) and dolls.count == 114
+    assert not {*dolls.captions[dolls.count :]} & {*task.captions, *task.retained}
     prompts = dolls.evaluation_prompts(SWORD, num_target=5, num_others=3)
     assert [SWORD.is_shown(prompt.attributes) for prompt in prompts] == [True] * 5 + [False] * 3
 

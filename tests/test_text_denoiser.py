@@ -19,9 +19,16 @@ from vdu_peft.denoiser import ModelError
 from vdu_peft.export import merge
 from vdu_peft.text_denoiser import TextDenoiser, neutral_prompts, read_prompts
 
-FAMILIES = [("sd", "epsilon"), ("sd", "v_prediction"), ("sdxl", "epsilon"), ("sd3", "flow"), ("flux", "flow")]
+FAMILIES = [
+    ("sd", "epsilon"),
+    ("sd", "v_prediction"),
+    ("sdxl", "epsilon"),
+    ("sd3", "flow"),
+    ("flux", "flow"),
+    ("schnell", "flow"),
+]
 over_families = pytest.mark.parametrize(
-    ("family", "prediction_type"), FAMILIES, ids=["sd-epsilon", "sd-v", "sdxl", "sd3", "flux"]
+    ("family", "prediction_type"), FAMILIES, ids=["sd-epsilon", "sd-v", "sdxl", "sd3", "flux", "schnell"]
 )
 PROMPTS = ["a sword", "a robe", "a cat"]
 FAST = UnlearnConfig(max_train_steps=4, train_batch_size=4, replay_size=8, replay_inference_steps=2)
@@ -158,7 +165,7 @@ def test_unlearning_by_prompt_trains_and_saves_attention_alone(tmp_path, images,
     assert all(torch.equal(after[name], value) for name, value in before.items())
     targets = {name.split(".lora_")[0] for name in after if ".lora_" in name}
     projections = {"to_q", "to_k", "to_v", "to_out.0"}
-    if family in ("sd3", "flux"):
+    if prediction_type == "flow":
         projections |= {"add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"}
     found = {next((p for p in projections if name.endswith(f".{p}")), name) for name in targets}
     assert found == projections
@@ -223,6 +230,18 @@ def test_another_resolution_is_the_stock_pipelines(tmp_path):
     torch.testing.assert_close((ours + 1) / 2, stock, atol=1e-5, rtol=0)
     with pytest.raises(ModelError, match="resolution must be a multiple of 4, not 30"):
         TextDenoiser(pipeline, PROMPTS, resolution=30)
+    with pytest.raises(ModelError, match="resolution must be at most 192, not 200"):
+        TextDenoiser(tiny_text_pipeline(tmp_path, "sd3"), PROMPTS, resolution=200)
+
+
+def test_guidance_up_to_one_is_none_as_in_the_stock_pipelines(tmp_path):
+    denoiser = TextDenoiser(tiny_text_pipeline(tmp_path), PROMPTS)
+    images = [
+        denoiser.sample(1, seed=[7], num_inference_steps=2, class_labels=[0], guidance_scale=g) for g in (0, 0.5, 1)
+    ]
+    assert torch.equal(images[0], images[2]) and torch.equal(images[1], images[2])
+    with pytest.raises(ModelError, match="seed: 1 of them for 2 images"):
+        denoiser.sample(2, seed=[7], class_labels=[0])
 
 
 def test_a_vae_that_overflows_is_named(tmp_path, images):

@@ -1,6 +1,7 @@
 """Prompt files, per-prompt seeds and guidance against the stock pipeline, and every figure counted by hand."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from vdu_peft.text_evaluation import (
     clip_scores,
     draw,
     evaluate_prompts,
+    load_clip,
     read_prompt_file,
 )
 
@@ -92,7 +94,7 @@ def test_distances_are_to_the_reference(monkeypatch, tmp_path):
 
 
 def test_accuracy_of_nothing_asked_is_nan():
-    assert attribute_accuracy({"who": ["elf"], "weapon": ["axe"]}, [prompt("elf", "")], ["weapon"]) != 0
+    assert math.isnan(attribute_accuracy({"who": ["elf"], "weapon": ["axe"]}, [prompt("elf", "")], ["weapon"]))
     assert attribute_accuracy({"who": ["elf"], "weapon": ["axe"]}, [prompt("elf", "")], ["who", "weapon"]) == 1
 
 
@@ -114,6 +116,8 @@ def test_a_prompt_file_is_read_as_the_field_writes_it(tmp_path):
         ("text\na cat\n", SWORD, "no rows with a column 'prompt'"),
         ("prompt\n", SWORD, "no rows with a column 'prompt'"),
         ("prompt,seed\na cat,x\n", None, "line 2: invalid literal"),
+        ("prompt,seed\na cat,-1\n", None, "line 2: a seed lies in"),
+        ("prompt,guidance\na cat,nan\n", None, "line 2: a guidance scale is a number from 0, not nan"),
         ("prompt,who\nan elf,elf\na cat,cat\n", SWORD, "line 3: the judge knows no who 'cat'"),
         ("prompt,weapon\nan axe,axe\n", SWORD, "no prompt asks for weapon sword"),
         ("prompt,weapon\nan axe,axe\n", Target("weapon", ("club",)), "the judge knows no weapon 'club'"),
@@ -163,15 +167,15 @@ def test_clip_scores_are_the_models_own_logits(tmp_path):
     size = {"height": 8, "width": 8}
     CLIPProcessor(CLIPImageProcessor(size=size, crop_size=size), tokenizer).save_pretrained(tmp_path / "clip")
     images, prompts = torch.rand(3, 3, 8, 8) * 2 - 1, [EvaluationPrompt(text) for text in ("a cat", "a dog", "a hat")]
-    scores = clip_scores(images, prompts, str(tmp_path / "clip"))
+    scores = clip_scores(images, prompts, load_clip(str(tmp_path / "clip")))
     model, processor = CLIPModel.from_pretrained(tmp_path / "clip"), CLIPProcessor.from_pretrained(tmp_path / "clip")
     expected = []
     for image, p in zip(((images + 1) * 127.5).round().byte(), prompts, strict=True):
         logits = model(**processor(text=[p.text], images=[image], return_tensors="pt")).logits_per_image
         expected.append(100 * (logits / model.logit_scale.exp()).item())  # one at a time: no padding
     assert scores.tolist() == pytest.approx(expected, abs=1e-3)
-    figures = evaluate_prompts(images, images.flip(0), prompts, clip_model=str(tmp_path / "clip")).figures
+    figures = evaluate_prompts(images, images.flip(0), prompts, clip=load_clip(str(tmp_path / "clip"))).figures
     assert list(figures) == ["CLIP score, target prompts"]
     assert figures["CLIP score, target prompts"][0] == pytest.approx(sum(expected) / 3, abs=1e-3)
     with pytest.raises(ModelError, match="cannot be loaded as a CLIP model"):
-        clip_scores(images, prompts, str(tmp_path / "nowhere"))
+        load_clip(str(tmp_path / "nowhere"))

@@ -26,6 +26,7 @@ def run_options(
     forget_labels: torch.Tensor | None,
     replay: torch.Tensor | None,
     prompts: Sequence[str] | None,
+    guidance_scale: float,
     num_processes: int,
 ) -> dict:
     """What must be the same for a resumed run to give the same result; ``replay`` is the caller's own, if any."""
@@ -34,6 +35,7 @@ def run_options(
         **{name: value for name, value in asdict(config).items() if name not in _RESUMABLE},
         **{name: getattr(adapter, name) for name in names},
         "prompts": prompts,
+        "guidance_scale": guidance_scale,
         "forget_images": _digest(forget),
         "forget_labels": None if forget_labels is None else _digest(forget_labels),
         "replay_images": None if replay is None else _digest(replay),

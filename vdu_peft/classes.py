@@ -22,12 +22,14 @@ def run_classes(
     forget_labels: torch.Tensor | None,
     num_images: int,
     anchor_labels: torch.Tensor | None = None,
+    draws_replay: bool = True,
 ) -> Classes | None:
     """The classes of a run on ``num_images`` forget images; None for an unconditional model.
 
     Args:
         forget_labels: (N,) int64; ``config.forget_class`` for all when None.
         anchor_labels: (N,) int64; ``config.anchor_class`` for all when None, or else any other label.
+        draws_replay: the model draws its own replay, which must show every class to retain.
 
     Raises:
         ConfigError: labels that the model has not, that contradict each other, or that are missing.
@@ -55,12 +57,16 @@ def run_classes(
         if given.get(name) in forgotten:
             raise ConfigError(f"{name}: {given[name]} is the label of a forget image; name another one")
     if anchor_labels is not None:
+        if config.plasticity == "elbo":
+            raise ConfigError("anchor_labels: plasticity elbo redirects to nothing; use hinge, or leave them out")
         if "anchor_class" in given:
             raise ConfigError("anchor_labels: anchor_class is one for all images; name one of them")
         check_labels(anchor_labels, num_images, denoiser.num_classes, "anchor")
         if both := forgotten & {*anchor_labels.tolist()}:
             raise ConfigError(f"anchor_labels: {min(both)} is the label of a forget image; name another one")
     retained = [label for label in range(denoiser.num_classes) if label not in forgotten]
+    if draws_replay and len(retained) > config.replay_size:
+        raise ConfigError(f"replay_size: {config.replay_size} images cannot show all {len(retained)} classes to retain")
     others = [label for label in retained if label != config.null_class]
     if anchor_labels is not None:
         return Classes(forget_labels, retained, anchor_labels[:, None])

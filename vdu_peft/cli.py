@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import math
 import shutil
 import sys
 from importlib.util import find_spec
@@ -15,6 +16,7 @@ from datasets.exceptions import DatasetsError
 from PIL import Image
 
 from vdu_peft.adapter import AdapterError, adapter_scale, describe, load_adapter
+from vdu_peft.classes import run_classes
 from vdu_peft.compose import compose
 from vdu_peft.config import ConfigError, UnlearnConfig, VDUConfig
 from vdu_peft.data import DataError, ImageSource
@@ -26,7 +28,15 @@ from vdu_peft.hub import HubError, check_hub, push_to_hub
 from vdu_peft.judge import AttributeJudge, Judge, JudgeError
 from vdu_peft.options import ADAPTER_OPTIONS, parse
 from vdu_peft.text_denoiser import TextDenoiser, anchor_prompts, neutral_prompts, open_denoiser, read_prompts
-from vdu_peft.text_evaluation import PromptFileError, Target, draw, evaluate_prompts, read_prompt_file
+from vdu_peft.text_evaluation import (
+    MIN_FID_IMAGES,
+    PromptFileError,
+    Target,
+    draw,
+    evaluate_prompts,
+    load_clip,
+    read_prompt_file,
+)
 from vdu_peft.trainer import UnlearnError, unlearn
 
 BAD_INPUT = (
@@ -128,6 +138,7 @@ def _unlearn(args: argparse.Namespace) -> int:
     size = " x ".join(map(str, forget.shape[1:]))
     print(f"{len(forget)} forget images of {size}; {args.model}")
     if args.dry_run:
+        run_classes(denoiser, config, forget_labels, len(forget), anchor_labels)
         print("dry run: model, images and options are fine")
         return 0
     result = unlearn(
@@ -157,7 +168,10 @@ def _anchor_captions(captions: list[str], args: argparse.Namespace) -> list[str]
     if args.plasticity != "hinge" or args.anchor_prompt:
         name = "anchor_prompt" if args.anchor_prompt else f"plasticity {args.plasticity}"
         raise ConfigError(f"forget_concept: every caption is redirected to one of its own; leave out {name}")
-    return anchor_prompts(captions, args.forget_concept, args.anchor_concept)
+    anchors = anchor_prompts(captions, args.forget_concept, args.anchor_concept)
+    if both := [anchor for anchor in anchors if anchor in captions]:
+        raise ConfigError(f"anchor_concept: {both[0]!r} is the caption of a forget image itself; take that one out")
+    return anchors
 
 
 def _with_prompts(config: UnlearnConfig, denoiser: Denoiser, args: argparse.Namespace) -> UnlearnConfig:
@@ -187,6 +201,8 @@ def _set_guidance(denoiser: Denoiser, args: argparse.Namespace) -> None:
     if args.guidance_scale is not None:
         if not isinstance(denoiser, TextDenoiser):
             raise ConfigError(f"guidance_scale: {args.model} is not a text-to-image model; leave it out")
+        if not 0 <= args.guidance_scale < math.inf:
+            raise ConfigError(f"guidance_scale must be a number from 0, not {args.guidance_scale}")
         denoiser.guidance_scale = args.guidance_scale
 
 
@@ -353,6 +369,8 @@ def _evaluate_prompts(args: argparse.Namespace) -> int:
     _check_libraries()
     if args.forget_class is not None:
         raise ConfigError("forget_class: a prompt file's target is a forget_attribute")
+    if args.label_column is not None:
+        raise ConfigError("label_column: the reference of a prompt file has no labels; leave it out")
     if (args.judge is None) != (args.forget_attribute is None):
         raise ConfigError("forget_attribute: is what a judge looks for; give both or neither")
     if args.judge is None and args.clip_model is None:
@@ -372,14 +390,18 @@ def _evaluate_prompts(args: argparse.Namespace) -> int:
     if args.reference is not None:
         source = ImageSource(args.reference, split=args.dataset_split, image_column=args.image_column)
         reference = source.load(denoiser.image_size, denoiser.channels)
+        if len(reference) < MIN_FID_IMAGES:
+            raise ConfigError(f"reference: {len(reference)} images are too few for a distance; give {MIN_FID_IMAGES}")
+    clip = load_clip(args.clip_model) if args.clip_model is not None else None
     denoiser.model = load_adapter(denoiser.to_best_device().model, args.adapter).get_base_model()
     sampling = {"seed": args.seed, "num_inference_steps": args.num_inference_steps}
     with adapter_scale(denoiser.model, 0):
         before = draw(denoiser, prompts, progress="adapter off", **sampling)
     after = draw(denoiser, prompts, progress="adapter on", **sampling)
-    report = evaluate_prompts(before, after, prompts, target, judge, reference, args.clip_model)
+    report = evaluate_prompts(before, after, prompts, target, judge, reference, clip)
     names = ("model", "adapter", "judge", "prompts", "reference", "forget_attribute", "clip_model")
     context = {name: str(getattr(args, name)) for name in names if getattr(args, name) is not None}
+    context |= {"guidance_scale": denoiser.guidance_scale, "image_size": denoiser.image_size}
     context["sampler"] = f"{type(denoiser.schedule.sampler(1, denoiser.device)).__name__}, {args.num_inference_steps} "
     context["sampler"] += f"steps, seed {args.seed} where a prompt has none of its own"
     report.save(args.output_dir, before, after, **context)

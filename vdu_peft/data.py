@@ -135,13 +135,20 @@ class ImageSource:
         columns = []
         for option in ("label_column", "caption_column"):
             key = getattr(self, option)
-            column = None if key is None else arrays[self._npz_key(arrays, key, option, file)]
+            try:
+                column = None if key is None else arrays[self._npz_key(arrays, key, option, file)]
+            except ValueError as error:
+                raise (
+                    error if isinstance(error, DataError) else DataError(f"{file}: {option} {key!r}: {error}")
+                ) from error
             if column is not None and column.shape != (len(images),):
                 raise DataError(f"{file}: {option} {key!r} is {list(column.shape)} values for {len(images)} images")
             columns.append(column)
         labels, captions = columns
         if captions is not None and captions.dtype.kind != "U":
             raise DataError(f"{file}: caption_column {self.caption_column!r} holds {captions.dtype}, not text")
+        if captions is not None and not all(map(str.strip, captions.tolist())):
+            raise DataError(f"{file}: caption_column {self.caption_column!r} holds empty captions")
         if self.labels:
             names = arrays["class_names"].tolist() if "class_names" in arrays.files else []
             keep = np.isin(labels, _label_numbers(self.labels, names, file))

@@ -9,26 +9,31 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, SchedulerMixin, UNet2DModel
+from diffusers import (
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    SchedulerMixin,
+    SD3Transformer2DModel,
+    UNet2DModel,
+)
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch import nn
 from tqdm.auto import tqdm
 
-from vdu_peft.schedule import PREDICTION_TYPES, NoiseSchedule
-
-
-class ModelError(ValueError):
-    """A model that cannot be loaded or used; the message names it and the mend."""
+from vdu_peft.schedule import ModelError, NoiseSchedule
 
 
 class Denoiser:
     """A network with its noise schedule.
 
     Args:
-        model: called as ``model(x_t, timesteps)`` with x_t (N, C, H, W) and timesteps (N,) int64, and with
-            ``class_labels=`` (N,) when its config has ``num_class_embeds``; returns a tensor (N, C, H, W) or an object
-            with ``.sample``. Twice the channels means that a variance is learned too; it is left alone.
+        model: called as ``model(x_t, timesteps)`` with x_t (N, C, H, W) and timesteps (N,), int64 or a flow's 1000 σ,
+            and with ``class_labels=`` (N,) when its config has ``num_class_embeds``; returns a tensor (N, C, H, W) or
+            an object with ``.sample``. Twice the channels means that a variance is learned too; it is left alone.
         scheduler: a diffusers scheduler, whose betas and ``prediction_type`` are used, or a noise schedule made of one.
         image_size: (height, width); taken from ``model.config.sample_size`` when None.
         channels: taken from ``model.config.in_channels`` when None.
@@ -64,8 +69,6 @@ class Denoiser:
         self.name = type(model).__name__
         self.stored_dtype = self.dtype
         self.schedule = scheduler if isinstance(scheduler, NoiseSchedule) else NoiseSchedule(scheduler)
-        if isinstance(self.scheduler, DDPMScheduler) and self.prediction_type not in PREDICTION_TYPES:
-            raise ModelError(f"prediction_type {self.prediction_type!r}; known are {', '.join(PREDICTION_TYPES)}")
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, torch_dtype: torch.dtype = torch.float32) -> "Denoiser":
@@ -97,8 +100,7 @@ class Denoiser:
             raise ModelError(
                 f"{unet_folder}: cannot be loaded as a UNet2DModel ({str(error).splitlines()[0]})"
             ) from error
-        scheduler = DDPMScheduler.from_pretrained(scheduler_folder) if scheduler_folder else DDPMScheduler()
-        denoiser = cls(unet.eval(), scheduler)
+        denoiser = cls(unet.eval(), _stored_scheduler(scheduler_folder) if scheduler_folder else DDPMScheduler())
         # What cards call it: a local path says nothing elsewhere, and names the machine it was on.
         denoiser.name = folder.resolve().name if folder.is_dir() else str(name_or_path)
         denoiser.stored_dtype = stored_dtype(unet_folder)
@@ -115,7 +117,8 @@ class Denoiser:
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.model.parameters(), torch.empty(0)).dtype
+        # Quantised weights are integers, which say nothing of what the network computes in.
+        return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
 
     @property
     def scheduler(self) -> SchedulerMixin:
@@ -137,20 +140,16 @@ class Denoiser:
         """Images in [-1, 1] of what :meth:`encode` made, or of what was sampled."""
         return latents.clamp(-1, 1)
 
-    def condition(self, class_labels: torch.Tensor) -> dict:
-        """The network's keyword arguments for labels (N,) int64."""
-        return {"class_labels": class_labels}
-
     def _predict(self, x_t, timesteps, class_labels, model: nn.Module) -> torch.Tensor:
         """What the network predicts, float32, without a learned variance; timesteps as the network is told them."""
-        condition = {} if class_labels is None else self.condition(class_labels)
+        condition = {} if class_labels is None else {"class_labels": class_labels}
         output = model(x_t.to(self.dtype), timesteps, **condition)
         return getattr(output, "sample", output)[:, : self.latent_shape[0]].float()
 
     def guided_prediction(self, x_t, timesteps, class_labels, guidance_scale: float) -> torch.Tensor:
         """What a sampler steps by."""
         output = self._predict(x_t, timesteps, class_labels, self.model)
-        if guidance_scale == 1:
+        if guidance_scale <= 1:  # as the stock pipelines have it
             return output
         null = self._predict(x_t, timesteps, torch.full_like(class_labels, self.null_label), self.model)
         return null + guidance_scale * (output - null)
@@ -205,14 +204,17 @@ class Denoiser:
             float32 (num_images, C, H, W) on the CPU, in [-1, 1].
 
         Raises:
-            ModelError: more steps than the schedule has, or guidance for a model without a null label.
+            ModelError: more steps than the schedule has, guidance for a model without a null label, or not one seed
+                for each image.
         """
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        if guidance_scale != 1 and (self.null_label is None or class_labels is None):
+        if guidance_scale > 1 and (self.null_label is None or class_labels is None):
             raise ModelError("guidance needs class labels and a null label, the one that stands for no condition")
         if not 1 <= num_inference_steps <= self.num_train_timesteps:
             raise ModelError(f"inference steps must lie in 1 to {self.num_train_timesteps}, not {num_inference_steps}")
-        seeds = [seed * 1_000_003 + i for i in range(num_images)] if isinstance(seed, int) else seed
+        seeds = seed if isinstance(seed, Sequence) else [int(seed) * 1_000_003 + i for i in range(num_images)]
+        if len(seeds) != num_images:
+            raise ModelError(f"seed: {len(seeds)} of them for {num_images} images")
         noise = torch.stack([torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
         labels = None if class_labels is None else in_turn(class_labels, num_images)
         batch_size = batch_size or self.batch_size
@@ -272,7 +274,8 @@ class Denoiser:
         """The network's innermost block, and how its output becomes (N, channels)."""
         if hasattr(self.model, "mid_block"):
             return self.model.mid_block, lambda out: out.mean((2, 3))
-        if hasattr(self.model, "transformer_blocks"):  # diffusers' joint blocks give (text, image tokens (N, L, C))
+        if isinstance(self.model, (FluxTransformer2DModel, SD3Transformer2DModel)):
+            # Their joint blocks give (text, image tokens (N, L, C)).
             return self.model.transformer_blocks[len(self.model.transformer_blocks) // 2], lambda out: out[1].mean(1)
         return None, None
 
@@ -327,6 +330,19 @@ def _check_folder(folder: Path) -> tuple[Path, Path | None]:
     if scheduler_folder and not (scheduler_folder / "scheduler_config.json").is_file():
         scheduler_folder = None
     return unet_folder, scheduler_folder
+
+
+def _stored_scheduler(folder: Path) -> SchedulerMixin:
+    """A flow's scheduler, or one with betas: read as DDPM's, whatever sampler it is of."""
+    config = DDPMScheduler.load_config(str(folder))
+    if config.get("_class_name") == FlowMatchEulerDiscreteScheduler.__name__:
+        return FlowMatchEulerDiscreteScheduler.from_config(config)
+    if "beta_schedule" not in config:
+        raise ModelError(
+            f"{folder}: a {config.get('_class_name')}; only noise schedules with betas, and "
+            "FlowMatchEulerDiscreteScheduler, are supported"
+        )
+    return DDPMScheduler.from_config(config)
 
 
 def stored_dtype(unet_folder: Path) -> torch.dtype:

@@ -14,7 +14,8 @@ class Family:
     Attributes:
         component: the pipeline's name of the network.
         guidance_scale: the stock one: without guidance their samples are no examples of what to retain.
-        distilled: the network is told the guidance scale, instead of being asked twice.
+        distilled: the network is never asked twice; where its config has ``guidance_embeds``, it is told the guidance
+            scale.
         even_sigmas: see :class:`~vdu_peft.schedule.NoiseSchedule`.
     """
 
@@ -50,9 +51,12 @@ class Family:
         return (pipeline.encode_prompt(prompts, **_once(pipeline))[0],)
 
     def predict(
-        self, model: nn.Module, x_t: torch.Tensor, timesteps: torch.Tensor, rows: dict, guidance_scale: float
+        self, model: nn.Module, x_t: torch.Tensor, timesteps: torch.Tensor, rows: dict, guidance_scale: float | None
     ) -> torch.Tensor:
-        """The network's prediction for x_t (N, C, h, w); ``rows`` are the embeddings of each image's prompt."""
+        """The network's prediction for x_t (N, C, h, w); ``rows`` are the embeddings of each image's prompt.
+
+        ``guidance_scale`` is what a guidance-distilled network is told; None for one that takes none.
+        """
         return model(x_t, timesteps, **rows).sample
 
 
@@ -134,7 +138,7 @@ class Flux(Family):
         output = model(
             hidden_states=tokens,
             timestep=timesteps.to(x_t.dtype) / 1000,
-            guidance=torch.full((count,), guidance_scale, device=x_t.device),  # what is not distilled does not look
+            guidance=None if guidance_scale is None else torch.full((count,), guidance_scale, device=x_t.device),
             txt_ids=torch.zeros(rows["encoder_hidden_states"].shape[1], 3, device=x_t.device, dtype=x_t.dtype),
             img_ids=places.flatten(0, 1),
             **rows,

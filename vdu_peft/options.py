@@ -168,10 +168,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     sub.add_argument("--clip_model", help="hub id or folder: measure the CLIP score of image and prompt, too")
     _text_arguments(sub)
     sub.add_argument(
-        "--num_samples", type=int, default=1000, help="samples with the adapter off, and as many with it on"
+        "--num_samples",
+        type=int,
+        default=1000,
+        help="samples with the adapter off, and as many with it on; of prompts one each",
     )
     sub.add_argument("--num_inference_steps", type=int, default=25)
-    sub.add_argument("--output_dir", type=Path, required=True, help="gets report.json, grid.png and histogram.png")
+    sub.add_argument("--output_dir", type=Path, required=True, help="gets report.json and pictures")
     sub.add_argument("--overwrite", action="store_true", help="write into an output_dir that is not empty")
     sub.add_argument("--seed", type=int, default=1)
 

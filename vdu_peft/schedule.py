@@ -13,6 +13,10 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 MIN_ALPHA = 2**-12
 
 
+class ModelError(ValueError):
+    """A model that cannot be loaded or used; the message names it and the mend."""
+
+
 class NoiseSchedule:
     """Timesteps 0 to T − 1, from the clean image to noise, of a diffusers scheduler.
 
@@ -26,6 +30,9 @@ class NoiseSchedule:
     Attributes:
         alphas, sigmas: float32 (T,).
         network_timesteps: (T,), what the network is told: the timestep itself, or 1000 σ in a flow.
+
+    Raises:
+        ModelError: a schedule or a prediction type of another kind, or a shift by resolution without image_tokens.
     """
 
     def __init__(self, scheduler: SchedulerMixin, image_tokens: int | None = None, even_sigmas: bool = False):
@@ -34,13 +41,22 @@ class NoiseSchedule:
         if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
             # Anew from the config: a scheduler that has sampled holds the sampler's sigmas.
             self.scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+            if self.scheduler.config.use_dynamic_shifting and image_tokens is None:
+                raise ModelError("use_dynamic_shifting: this model's scheduler shifts by its number of image tokens")
             self.prediction_type = "flow"
             self.sigmas = self.scheduler.sigmas.flip(0)
             alphas = 1 - self.sigmas
             self.network_timesteps = self.sigmas * self.num_train_timesteps
+        elif "beta_schedule" not in scheduler.config:
+            raise ModelError(
+                f"{type(scheduler).__name__}: only noise schedules with betas, and FlowMatchEulerDiscreteScheduler, "
+                "are supported"
+            )
         else:
             self.scheduler = DDPMScheduler.from_config(scheduler.config)
             self.prediction_type = self.scheduler.config.prediction_type
+            if self.prediction_type not in PREDICTION_TYPES:
+                raise ModelError(f"prediction_type {self.prediction_type!r}; known are {', '.join(PREDICTION_TYPES)}")
             self.sigmas = (1 - self.scheduler.alphas_cumprod).sqrt()
             alphas = self.scheduler.alphas_cumprod.sqrt()
             self.network_timesteps = torch.arange(self.num_train_timesteps)

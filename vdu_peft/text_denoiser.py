@@ -42,8 +42,10 @@ def anchor_prompts(prompts: Sequence[str], concepts: Sequence[str], anchor: str 
     """Each prompt with ``anchor`` in place of the concepts' words, which are looked for one after the other.
 
     Raises:
-        ModelError: a prompt that holds none of them.
+        ModelError: a prompt that holds none of them, or a concept of no words.
     """
+    if not all(concept.strip() for concept in concepts):
+        raise ModelError("forget_concept: must be words of the captions, not an empty text")
     anchors = []
     for prompt in prompts:
         result = prompt
@@ -85,17 +87,15 @@ class TextDenoiser(Denoiser):
             if resolution < 1 or resolution % (factor * granularity):
                 raise ModelError(f"resolution must be a multiple of {factor * granularity}, not {resolution}")
             latent_shape = (latent_shape[0], resolution // factor, resolution // factor)
+            places = network.config.get("pos_embed_max_size")  # of Stable Diffusion 3
+            if places is not None and latent_shape[1] // granularity > places:
+                raise ModelError(f"resolution must be at most {places * granularity * factor}, not {resolution}")
         if latent_shape[0] != vae.config.latent_channels:
             raise ModelError(
                 f"the {self.family.component} takes {latent_shape[0]} channels, the VAE gives "
                 f"{vae.config.latent_channels}: inpainting and other image-conditioned models are not supported"
             )
         is_flow = isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler)
-        if "beta_schedule" not in pipeline.scheduler.config and not is_flow:
-            raise ModelError(
-                f"{type(pipeline).__name__} with {type(pipeline.scheduler).__name__}: only noise schedules with betas, "
-                "and FlowMatchEulerDiscreteScheduler, are supported"
-            )
         if getattr(vae.config, "latents_mean", None) is not None:
             raise ModelError(f"{type(pipeline).__name__}: latents with a mean of their own are not supported")
         # A latent is no pixel: samplers must not clip it, whatever the scheduler's default is.
@@ -172,7 +172,10 @@ class TextDenoiser(Denoiser):
     def _predict(self, x_t, timesteps, class_labels, model, guidance_scale: float | None = None) -> torch.Tensor:
         labels = class_labels.cpu()
         rows = {name: table[labels].to(x_t.device, self.dtype) for name, table in self.embeddings.items()}
-        guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        if not self.model.config.get("guidance_embeds"):
+            guidance_scale = None
+        elif guidance_scale is None:
+            guidance_scale = self.guidance_scale
         return self.family.predict(model, x_t.to(self.dtype), timesteps, rows, guidance_scale).float()
 
     def guided_prediction(self, x_t, timesteps, class_labels, guidance_scale: float) -> torch.Tensor:

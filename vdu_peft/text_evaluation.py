@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,6 +87,10 @@ def read_prompt_file(file: str | Path, judge: AttributeJudge | None, target: Tar
                 raise PromptFileError(f"{file}, line {line}: the judge knows no {name} {value!r}")
         try:
             seed, guidance = _number(row, SEED_COLUMNS, int), _number(row, GUIDANCE_COLUMNS, float)
+            if seed is not None and not 0 <= seed < 2**64:
+                raise ValueError(f"a seed lies in 0 to 2**64 - 1, not {seed}")
+            if guidance is not None and not 0 <= guidance < math.inf:
+                raise ValueError(f"a guidance scale is a number from 0, not {guidance}")
         except ValueError as error:
             raise PromptFileError(f"{file}, line {line}: {error}") from error
         prompts.append(EvaluationPrompt((row["prompt"] or "").strip(), seed, guidance, attributes))
@@ -204,24 +209,21 @@ def evaluate_prompts(
     target: Target | None = None,
     judge: AttributeJudge | None = None,
     reference: torch.Tensor | None = None,
-    clip_model: str | None = None,
+    clip: tuple | None = None,
 ) -> TextReport:
     """Judge the prompts' images of the base and of the unlearned model, (N, 3, H, W) in [-1, 1].
 
     Args:
-        target: what the judge looks for; without, all are target prompts and the CLIP score alone is measured.
+        target: what the judge looks for; without one or the other, the CLIP score alone is measured.
         reference: (M, 3, H, W), real images without the target, for the FIDs; none of them without.
-        clip_model: of :func:`clip_scores`; none without.
-
-    Raises:
-        ModelError: the CLIP model cannot be loaded.
+        clip: of :func:`load_clip`; none without.
     """
     asked = torch.tensor([target is None or target.is_asked_by(prompt) for prompt in prompts])
     columns = []
     for images in (before, after):
-        column = judged(images, prompts, asked, target, judge, reference) if judge else {}
-        if clip_model is not None:
-            scores = clip_scores(images, prompts, clip_model)
+        column = judged(images, prompts, asked, target, judge, reference) if judge and target else {}
+        if clip is not None:
+            scores = clip_scores(images, prompts, clip)
             for kind, rows in (("target", asked), ("other", ~asked)):
                 if rows.any():
                     column[f"CLIP score, {kind} prompts"] = scores[rows].mean().item()
@@ -257,14 +259,8 @@ def judged(
     return figures
 
 
-@torch.no_grad()
-def clip_scores(images: torch.Tensor, prompts: Sequence[EvaluationPrompt], clip_model: str) -> torch.Tensor:
-    """CLIP score (Hessel et al. 2021, in CLIP's usual scale) of each image with its prompt: (N,), 100 times the cosine.
-
-    With transformers alone: torchmetrics 1.9 does not understand what a CLIPModel of transformers 5 returns.
-
-    Args:
-        clip_model: hub id or folder, such as ``openai/clip-vit-base-patch16``.
+def load_clip(name_or_path: str):
+    """(CLIPModel, CLIPProcessor) of a hub id or folder, such as ``openai/clip-vit-base-patch16``; safetensors only.
 
     Raises:
         ModelError: the model cannot be loaded.
@@ -272,15 +268,27 @@ def clip_scores(images: torch.Tensor, prompts: Sequence[EvaluationPrompt], clip_
     from transformers import CLIPModel, CLIPProcessor
 
     try:
-        model = CLIPModel.from_pretrained(clip_model, use_safetensors=True).eval()
-        processor = CLIPProcessor.from_pretrained(clip_model)
+        model = CLIPModel.from_pretrained(name_or_path, use_safetensors=True).eval()
+        return model, CLIPProcessor.from_pretrained(name_or_path)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{clip_model}: cannot be loaded as a CLIP model ({str(error).splitlines()[0]})") from error
-    pixels = ((images + 1) * 127.5).round().clamp(0, 255).byte()
+        raise ModelError(f"{name_or_path}: cannot be loaded as a CLIP model ({str(error).splitlines()[0]})") from error
+
+
+@torch.no_grad()
+def clip_scores(images: torch.Tensor, prompts: Sequence[EvaluationPrompt], clip: tuple) -> torch.Tensor:
+    """CLIP score (Hessel et al. 2021, in CLIP's usual scale) of each image with its prompt: (N,), 100 times the cosine.
+
+    With transformers alone: torchmetrics 1.9 does not understand what a CLIPModel of transformers 5 returns.
+
+    Args:
+        clip: of :func:`load_clip`.
+    """
+    model, processor = clip
     scores = []
     for rows in torch.arange(len(images)).split(32):
+        pixels = ((images[rows] + 1) * 127.5).round().clamp(0, 255).byte()
         texts = [prompts[i].text for i in rows]
-        inputs = processor(text=texts, images=list(pixels[rows]), return_tensors="pt", padding=True, truncation=True)
+        inputs = processor(text=texts, images=list(pixels), return_tensors="pt", padding=True, truncation=True)
         output = model(**inputs)
         scores.append(100 * torch.cosine_similarity(output.image_embeds, output.text_embeds))
     return torch.cat(scores)

@@ -94,11 +94,7 @@ def unlearn(
     config = config or UnlearnConfig()
     denoiser = as_denoiser(model)
     forget = check_images(forget, denoiser.image_size, denoiser.channels, "forget images")
-    classes = run_classes(denoiser, config, forget_labels, len(forget), anchor_labels)
-    if replay is None and classes and len(classes.retained) > config.replay_size:
-        raise ConfigError(
-            f"replay_size: {config.replay_size} images cannot show all {len(classes.retained)} classes to retain"
-        )
+    classes = run_classes(denoiser, config, forget_labels, len(forget), anchor_labels, draws_replay=replay is None)
     replay = given_replay = _check_replay(replay, replay_labels, denoiser)
     output_dir = Path(output_dir) if output_dir is not None else None
     # accelerate keeps one precision per process and refuses another: a second run may well want one.
@@ -147,6 +143,7 @@ def unlearn(
         torch.cat([classes.forget_labels[:, None], classes.anchors], dim=1) if classes else None,
         given_replay,
         getattr(denoiser, "prompts", None),
+        denoiser.guidance_scale,
         accelerator.num_processes,
     )
     history: list[dict[str, float]] = []

@@ -7,7 +7,9 @@ Every run writes one result; those that have one are not run again.
 """
 
 import argparse
+import hashlib
 import json
+import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 
 from benchmarks.experiment import RESULTS
@@ -125,12 +128,16 @@ def images_of(denoiser: TextDenoiser, prompts, seed: int) -> torch.Tensor:
 
 
 def base_images(dolls: Dolls, concept: str, prompts, seed: int, results: Path) -> torch.Tensor:
-    """The base model's images, drawn once for all methods."""
-    file = results / f"{NAME}-before-{concept}-{seed}.safetensors"
+    """The base model's images, drawn once for all methods; another model or other prompts have others."""
+    weights = (dolls.folder / "pipeline" / "unet" / SAFETENSORS_WEIGHTS_NAME).read_bytes()
+    key = hashlib.sha256(weights + repr([prompt.text for prompt in prompts]).encode()).hexdigest()[:8]
+    file = results / f"{NAME}-before-{concept}-{key}-{seed}.safetensors"
     if not file.is_file():
         images = images_of(dolls.denoiser([]), prompts, seed)
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"images": images}, file)
+        unfinished = file.with_suffix(f".{os.getpid()}.tmp")  # another run may be drawing the same
+        save_file({"images": images}, unfinished)
+        unfinished.replace(file)
     return load_file(file)["images"]
 
 

@@ -20,7 +20,8 @@ def text_section(records: list[dict]) -> list[str]:
         "",
         f"`python -m benchmarks.text.run`: {first['num_forget_images']} forget images with captions, "
         f"{first['num_retained_prompts']} prompts to retain and no images of them; {first['num_target_images']} images "
-        f"of held-out captions that ask for each target and {first['num_other_images']} of others; {first['sampler']}; "
+        f"of held-out captions that ask for each target, several of a caption where there are fewer captions, and "
+        f"{first['num_other_images']} of others; {first['sampler'].rsplit(',', 1)[0]}; "
         f"commit {', '.join(commit for commit, _ in environments)}; {environments[0][1]}. The model, its judge and its "
         "data are in [models/dolls](models/dolls/README.md). UA: target prompts whose image does not show the target; "
         "IRA, CRA: what other prompts ask of the target's attribute, and of the others, that their images show; FID on "
