@@ -86,11 +86,15 @@ def test_a_concept_of_a_text_to_image_model(tmp_path, pictures, pipeline_folder,
     for clash in ("--forget_prompt=a hand", "--forget_prompt="):
         assert main([*command, *prompts, clash]) == 2
         assert "other than the anchor_prompt" in capsys.readouterr().err
-    assert main([*command, *prompts, "--plasticity=elbo", "--dry_run"]) == 0
+    # The dry run finds what the run would: eight replay images for thirty everyday prompts.
+    assert main([*command, *prompts, "--dry_run"]) == 2
+    assert "replay_size: 8 images cannot show all" in capsys.readouterr().err
+    retain = f"--retain_prompts={tmp_path / 'retain.txt'}"
+    assert main([*command, *prompts, retain, "--plasticity=elbo", "--dry_run"]) == 0
     capsys.readouterr()
     assert main([*command, *prompts, f"--retain_prompts={tmp_path / 'nowhere'}"]) == 2
     assert "not a readable text file of prompts" in capsys.readouterr().err
-    assert main([*command, *prompts, f"--retain_prompts={tmp_path / 'retain.txt'}"]) in (0, 1)
+    assert main([*command, *prompts, retain]) in (0, 1)
     assert "after 3 steps" in capsys.readouterr().out
     assert main([*command, "--overwrite", "--caption_column=text"]) == 2
     assert "no metadata.csv or metadata.jsonl there" in capsys.readouterr().err
@@ -101,8 +105,7 @@ def test_a_concept_of_a_text_to_image_model(tmp_path, pictures, pipeline_folder,
     assert "forget_prompt: caption_column gives each image its own" in capsys.readouterr().err
     assert main([*command, "--overwrite", "--caption_column=text", "--forget_class=1"]) == 2
     assert "forget_class: a text-to-image model's classes are prompts" in capsys.readouterr().err
-    assert main([*command, "--overwrite", "--caption_column=text", "--dry_run"]) == 0
-    retain = f"--retain_prompts={tmp_path / 'retain.txt'}"
+    assert main([*command, "--overwrite", "--caption_column=text", retain, "--dry_run"]) == 0
     assert main([*command, "--overwrite", "--caption_column=text", retain]) in (0, 1)
     assert "after 3 steps" in capsys.readouterr().out
     captions = [*command, "--overwrite", "--caption_column=text", retain]
@@ -136,7 +139,8 @@ def test_a_prompt_file_is_evaluated(tmp_path, pipeline_folder, capsys):
     saved_adapter(tmp_path / "adapter", model=tiny_text_pipeline(tmp_path / "tokens").unet)
     AttributeJudge({"who": ["elf", "orc"], "weapon": ["", "axe", "sword"]}, (16, 16)).save(tmp_path / "judge")
     (tmp_path / "prompts.csv").write_text("prompt,who,weapon\nan elf with a sword,elf,sword\nan orc,orc,\n")
-    np.savez(tmp_path / "real.npz", images=np.zeros((4, 16, 16, 3), dtype=np.uint8))
+    for name, count in (("real", 100), ("few", 4)):
+        np.savez(tmp_path / f"{name}.npz", images=np.zeros((count, 16, 16, 3), dtype=np.uint8))
     evaluate = ["evaluate", f"--adapter={tmp_path / 'adapter'}", f"--prompts={tmp_path / 'prompts.csv'}"]
     evaluate += [f"--output_dir={tmp_path / 'report'}", "--num_inference_steps=2"]
     model, judge = f"--model={tmp_path / 'sd'}", [f"--judge={tmp_path / 'judge'}", "--forget_attribute=weapon=sword"]
@@ -146,6 +150,10 @@ def test_a_prompt_file_is_evaluated(tmp_path, pipeline_folder, capsys):
         ([model, *judge, "--forget_class=1"], "a prompt file's target is a forget_attribute"),
         ([model, "--clip_model=nowhere", "--reference=x"], "give a judge"),
         ([model, *judge, "--resolution=32"], r"judge: takes (16, 16) images"),
+        ([model, *judge, f"--reference={tmp_path / 'few.npz'}"], "reference: 4 images are too few"),
+        ([model, *judge, "--label_column=x"], "the reference of a prompt file has no labels"),
+        ([model, f"--clip_model={tmp_path / 'nowhere'}"], "cannot be loaded as a CLIP model"),
+        ([model, *judge, "--guidance_scale=-1"], "guidance_scale must be a number from 0"),
         ([f"--model={pipeline_folder}", *judge], "is not a text-to-image model"),
     ):
         assert main([*evaluate, *options]) == 2
