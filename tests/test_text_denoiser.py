@@ -7,7 +7,10 @@ import pytest
 import torch
 from conftest import saved_adapter, tiny_text_pipeline
 from diffusers import (
+    DDIMScheduler,
+    EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
 )
@@ -256,6 +259,21 @@ def test_an_sdxl_vae_stays_in_float32(tmp_path):
     pipeline = tiny_text_pipeline(tmp_path, "sdxl").to(torch.bfloat16)
     assert pipeline.vae.config.force_upcast
     assert TextDenoiser(pipeline, PROMPTS).pipeline.vae.dtype == torch.float32
+
+
+@pytest.mark.parametrize("scheduler", [EDMEulerScheduler, FlowMatchHeunDiscreteScheduler])
+def test_schedules_of_another_kind_are_refused(tmp_path, scheduler):
+    pipeline = tiny_text_pipeline(tmp_path)
+    pipeline.scheduler = scheduler()
+    with pytest.raises(ModelError, match=f"{scheduler.__name__}: only noise schedules with betas"):
+        TextDenoiser(pipeline, PROMPTS)
+
+
+def test_latents_are_not_clipped_whatever_the_scheduler_does(tmp_path):
+    pipeline = tiny_text_pipeline(tmp_path)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=True)
+    denoiser = TextDenoiser(pipeline, PROMPTS)
+    assert not denoiser.schedule.sampler(2, denoiser.device).config.clip_sample
 
 
 def test_latents_of_another_kind_are_refused(tmp_path):

@@ -26,6 +26,7 @@ class NoiseSchedule:
         image_tokens: the network's tokens per image, which a scheduler with ``use_dynamic_shifting`` samples by.
         even_sigmas: the sampler's σ of a flow, before any shift, run evenly from 1 to 1 / steps, as Flux has them;
             otherwise from the schedule's largest to its least, as Stable Diffusion 3 has them.
+        latent: a latent is no pixel: samplers must not clip it, whatever the scheduler's default is.
 
     Attributes:
         alphas, sigmas: float32 (T,).
@@ -35,7 +36,13 @@ class NoiseSchedule:
         ModelError: a schedule or a prediction type of another kind, or a shift by resolution without image_tokens.
     """
 
-    def __init__(self, scheduler: SchedulerMixin, image_tokens: int | None = None, even_sigmas: bool = False):
+    def __init__(
+        self,
+        scheduler: SchedulerMixin,
+        image_tokens: int | None = None,
+        even_sigmas: bool = False,
+        latent: bool = False,
+    ):
         self.image_tokens = image_tokens
         self.even_sigmas = even_sigmas
         if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
@@ -53,7 +60,7 @@ class NoiseSchedule:
                 "are supported"
             )
         else:
-            self.scheduler = DDPMScheduler.from_config(scheduler.config)
+            self.scheduler = DDPMScheduler.from_config(scheduler.config, **({"clip_sample": False} if latent else {}))
             self.prediction_type = self.scheduler.config.prediction_type
             if self.prediction_type not in PREDICTION_TYPES:
                 raise ModelError(f"prediction_type {self.prediction_type!r}; known are {', '.join(PREDICTION_TYPES)}")

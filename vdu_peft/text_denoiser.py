@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline
 
 from vdu_peft.denoiser import Denoiser, ModelError, stored_dtype
 from vdu_peft.families import FAMILIES
@@ -95,17 +95,12 @@ class TextDenoiser(Denoiser):
                 f"the {self.family.component} takes {latent_shape[0]} channels, the VAE gives "
                 f"{vae.config.latent_channels}: inpainting and other image-conditioned models are not supported"
             )
-        is_flow = isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler)
         if getattr(vae.config, "latents_mean", None) is not None:
             raise ModelError(f"{type(pipeline).__name__}: latents with a mean of their own are not supported")
-        # A latent is no pixel: samplers must not clip it, whatever the scheduler's default is.
-        scheduler = (
-            pipeline.scheduler if is_flow else DDPMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
-        )
         tokens = latent_shape[1] * latent_shape[2] // granularity**2
         super().__init__(
             network,
-            NoiseSchedule(scheduler, tokens, self.family.even_sigmas),
+            NoiseSchedule(pipeline.scheduler, tokens, self.family.even_sigmas, latent=True),
             image_size=(latent_shape[1] * factor, latent_shape[2] * factor),
             channels=vae.config.in_channels,
         )
