@@ -267,6 +267,88 @@ def test_compiled(name):
         torch.manual_seed(0)
         assert torch.equal(compiled(x), expected)
     assert torch.equal(compiled(x), model(x))
+    with torch.no_grad():
+        assert torch.equal(compiled(x), model(x))
+
+
+@pytest.fixture
+def deltas(monkeypatch):
+    """The adapters whose delta weights a forward has made: those of a pass with W + ΔW."""
+    made = []
+
+    def spy(of_peft):
+        def get_delta_weight(layer, adapter):
+            made.append(adapter)
+            return of_peft(layer, adapter)
+
+        return get_delta_weight
+
+    for kind in (VariationalLinear, VariationalConv2d):
+        monkeypatch.setattr(kind, "get_delta_weight", spy(kind.get_delta_weight))
+    return made
+
+
+# Enough rows that W + ΔW is the cheaper way.
+WIDE = {"linear": (9, 6), "linear-tokens": (3, 5, 6)}
+
+
+@over_layers
+@over_twins
+def test_inference_is_one_pass_and_gives_the_same(name, variational, deltas):
+    base, x = base_and_input(name)
+    x = torch.randn(WIDE.get(name, x.shape))
+    model, layer = wrap(base, variational=variational, lora_dropout=0.5)
+    model.add_adapter("other", VDUConfig(r=2, target_modules=["layer"], variational=variational))
+    nn.init.normal_(layer.lora_B["other"].weight, std=0.3)
+    model.eval()
+    for active in (["default"], ["default", "other"]):
+        model.base_model.set_adapter(active)
+        expected = model(x)
+        assert deltas == []
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=0)  # sums of another order
+        # PEFT has no delta weight of a grouped convolution.
+        assert deltas == ([] if "grouped" in name else active)
+        deltas.clear()
+
+
+class LoudLinear(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+def test_inference_takes_two_passes_where_one_would_differ_or_cost_more(deltas):
+    def outputs(model, x):
+        with torch.no_grad():
+            one = model(x)
+        assert torch.equal(one, model(x).detach())
+        assert deltas == []
+
+    x = torch.randn(9, 6)
+    model, layer = wrap(Tiny(nn.Linear(6, 8)), lora_dropout=0.5)
+    with torch.no_grad():  # the case that the others vary
+        model.eval()(x)
+    assert deltas.pop() == "default"
+    outputs(model, x[:7])  # fewer rows than outputs
+    outputs(wrap(Tiny(LoudLinear(6, 8)))[0], x)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs(model, x)
+    with torch.no_grad():
+        model.train()(x)
+        with posterior_noise(model.eval()):
+            model(x)
+        assert deltas == []
+    calls = []
+    for module in (layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]):
+        handle = module.register_forward_hook(lambda *_: calls.append(1))
+        outputs(model, x)
+        handle.remove()
+    assert len(calls) == 6
+    forward = layer.base_layer.forward
+    layer.base_layer.forward = lambda x: forward(x) + 1  # as accelerate's offloading does
+    outputs(model, x)
+    del layer.base_layer.forward
+    outputs(model.bfloat16(), x.bfloat16())
 
 
 @over_layers
