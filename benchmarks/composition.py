@@ -17,6 +17,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from benchmarks.experiment import RESULTS
@@ -26,6 +27,7 @@ from vdu_peft.adapter import load_adapter, save_adapter
 from vdu_peft.compose import compose
 from vdu_peft.config import UnlearnConfig
 from vdu_peft.demo import SAMPLE_STEPS, base_denoiser, demo_images, demo_judge, demo_samples
+from vdu_peft.denoiser import Denoiser
 from vdu_peft.metrics import class_shares, frechet_distance, pul
 from vdu_peft.trainer import unlearn
 
@@ -112,14 +114,28 @@ WAYS: dict[str, Callable[[nn.Module, Sequence[int], Setting], nn.Module]] = {
 }
 
 
+def samples(denoiser: Denoiser, setting: Setting) -> torch.Tensor:
+    return demo_samples(denoiser, setting.num_samples, setting.config.seed, None, setting.num_inference_steps)
+
+
+def base_samples(setting: Setting) -> torch.Tensor:
+    """The base model's samples, drawn for the first part and kept for the others."""
+    file = setting.results / "adapters" / f"base-{setting.num_samples}-{setting.num_inference_steps}.safetensors"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(".tmp")
+        save_file({"images": samples(base_denoiser(), setting)}, unfinished)
+        unfinished.replace(file)
+    return load_file(file)["images"]
+
+
 def measure(part: Part, setting: Setting) -> None:
     """Make one part and write its result."""
     torch.set_num_threads(setting.threads)
     denoiser, judge = base_denoiser(), demo_judge()
-    options = (setting.num_samples, setting.config.seed)
-    before = demo_samples(denoiser, *options, None, setting.num_inference_steps)
+    before = base_samples(setting)
     denoiser.model = WAYS[part.way](denoiser.model, part.digits, setting)
-    after = demo_samples(denoiser, *options, None, setting.num_inference_steps)
+    after = samples(denoiser, setting)
     images = demo_images(part.digits[0], denoiser)
     real, _ = judge.judge(images.reference)
     retained = real[~torch.isin(images.reference_labels, torch.tensor(part.digits))]
@@ -146,31 +162,38 @@ def measure(part: Part, setting: Setting) -> None:
     unfinished.replace(file)
 
 
-def missing(digits: tuple[int, ...], setting: Setting) -> list[list[Part]]:
-    """What is to be made for a set: first the singles, which the others are put together from, then the others."""
+def missing(sets: Sequence[tuple[int, ...]], setting: Setting) -> tuple[list[Part], list[Part]]:
+    """What is to be made: first the singles, which the others are put together from, and then the others."""
 
     def has_result(part: Part) -> bool:
         return (setting.results / f"{part.name}.json").is_file()
 
-    others = [part for way in WAYS if way != "single" and not has_result(part := Part(way, digits))]
-    singles = [Part("single", (digit,)) for digit in digits]
+    others = [part for digits in sets for way in WAYS if way != "single" and not has_result(part := Part(way, digits))]
+    needed = {digit for part in others for digit in part.digits}
+    singles = [Part("single", (digit,)) for digit in dict.fromkeys(digit for digits in sets for digit in digits)]
     # Adapters are not committed: a result may be there without its own.
-    return [[p for p in singles if not has_result(p) or (others and not setting.adapter(p.digits[0]).is_dir())], others]
+    return [
+        part
+        for part in singles
+        if not has_result(part) or (part.digits[0] in needed and not setting.adapter(part.digits[0]).is_dir())
+    ], others
 
 
 def run_all(sets: Sequence[tuple[int, ...]], setting: Setting, jobs: int) -> None:
     setting.results.mkdir(parents=True, exist_ok=True)
-    for digits in sets:
-        for parts in missing(digits, setting):
-            # A process for each: torch keeps the threads that it started with.
-            with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-                for _ in pool.map(measure, parts, [setting] * len(parts)):
-                    pass
+    singles, others = missing(sets, setting)
+    if singles or others:
+        base_samples(setting)  # here, or every process would draw its own
+    for parts in (singles, others):
+        # A process for each: torch keeps the threads that it started with.
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+            for _ in pool.map(measure, parts, [setting] * len(parts)):
+                pass
 
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num_samples", type=int, default=500)
+    parser.add_argument("--num_samples", type=int, default=1000)
     parser.add_argument("--results_dir", type=Path, default=RESULTS)
     parser.add_argument("--jobs", type=int, default=1, help="parts at a time; the cores are shared out among them")
     parser.add_argument("--dry_run", action="store_true", help="list the missing parts and end")
@@ -178,8 +201,8 @@ def main(argv=None) -> None:
     threads = max(1, torch.get_num_threads() // args.jobs)
     setting = Setting(args.results_dir / NAME, args.num_samples, SAMPLE_STEPS, UnlearnConfig(), code_version(), threads)
     if args.dry_run:
-        names = [part.name for digits in SETS for parts in missing(digits, setting) for part in parts]
-        print("\n".join(dict.fromkeys(names)))
+        singles, others = missing(SETS, setting)
+        print("\n".join(part.name for part in [*singles, *others]))
     else:
         run_all(SETS, setting, args.jobs)
 

@@ -286,12 +286,12 @@ def test_digits_are_put_together_measured_and_shown(tmp_path):
     config = UnlearnConfig(max_train_steps=2, train_batch_size=2, replay_size=4, replay_inference_steps=2)
     setting = composition.Setting(tmp_path / "composition", 20, 2, config, "commit", torch.get_num_threads())
     setting.results.mkdir()
-    singles, others = composition.missing((1, 7), setting)
+    singles, others = composition.missing([(1, 7)], setting)
     assert [part.name for part in singles] == ["single-1", "single-7"]
     assert [part.name for part in others] == ["sum-1-7", "product-1-7", "sequential-1-7", "joint-1-7"]
     for part in [*singles, others[1]]:
         composition.measure(part, setting)
-    assert composition.missing((1, 7), setting) == [[], [others[0], *others[2:]]]
+    assert composition.missing([(1, 7)], setting) == ([], [others[0], *others[2:]])
     base, summed = base_denoiser().model, composition.plain_sum(base_denoiser().model, (1, 7), setting)
     expected = base.conv_in.weight.detach().clone()
     for digit in (1, 7):
@@ -306,7 +306,7 @@ def test_digits_are_put_together_measured_and_shown(tmp_path):
     assert "| 1, 7 | product |" in (tmp_path / "README.md").read_text()
     # Without its adapter a single is made again, but only for what is still to be put together.
     shutil.rmtree(setting.adapter(1))
-    assert composition.missing((1, 7), setting)[0] == [singles[0]]
+    assert composition.missing([(1, 7)], setting)[0] == [singles[0]]
 
 
 def test_tables_take_the_best_of_a_grid():
