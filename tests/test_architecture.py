@@ -44,6 +44,7 @@ ALLOWED = {
     },
     "evaluation": {"denoiser", "judge", "metrics", "objective", "version"},
     "text_evaluation": {"denoiser", "evaluation", "judge", "metrics", "text_denoiser", "version"},
+    "attack": {"objective", "text_denoiser"},
     "compose": {"adapter", "card", "config"},
     "hotswap": {"adapter", "config"},
     "onnx_export": {"config", "denoiser"},

@@ -13,14 +13,17 @@ from diffusers import UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.memory import LiveBytes, Released, step_bytes
+from benchmarks.text import attacks
 from benchmarks.text import run as text_run
 from benchmarks.text.dolls import CONCEPTS, Dolls, Forgotten
 from benchmarks.text.esd import esd
+from benchmarks.text.negative_mse import negative_mse
+from benchmarks.text.spm import spm
 from benchmarks.text.tables import text_section
 from benchmarks.text.task import make_task
 from benchmarks.text.uce import uce
 from vdu_peft.judge import AttributeJudge
-from vdu_peft.text_denoiser import anchor_prompts
+from vdu_peft.text_denoiser import TextDenoiser, anchor_prompts
 from vdu_peft.text_evaluation import Target
 
 SWORD = Forgotten((Target("weapon", ("sword",)),), (", a sword",))
@@ -99,6 +102,42 @@ def test_esd_trains_what_it_says(dolls, parameters):
     assert changed and all(("attn2" in name) == (parameters == "x") for name in changed)
 
 
+def test_spm_moves_every_layer_by_one_rank(dolls):
+    task = make_task(dolls, SWORD, num_images=4, num_retained=3, seed=0)
+    before = {name: p.detach().clone() for name, p in task.denoiser.model.named_parameters()}
+    options = {"learning_rate": 1e-2, "steps": 2, "batch_size": 2, "guidance": 1.0, "anchoring_weight": 1.0}
+    assert spm(task, **options) == "done"
+    after = dict(task.denoiser.model.named_parameters())
+    assert set(after) == set(before)  # a plain network again
+    for name, old in before.items():
+        moved = (after[name] - old).double()
+        if moved.ndim == 1:
+            assert not moved.any()
+        else:
+            values = torch.linalg.svdvals(moved.flatten(1))
+            # float32 subtraction leaves 1e-7 of the weights, which are of the order of 0.1.
+            assert values[0] > 1e-4 and values[1:].sum() < 1e-2 * values[0], name
+
+
+def test_negative_mse_climbs_by_the_text_encoder_alone(dolls):
+    task = make_task(dolls, SWORD, num_images=4, num_retained=2, seed=0)
+    network = {name: value.clone() for name, value in task.denoiser.model.state_dict().items()}
+    # Many draws: those of the training are others.
+    noise = torch.randn(256, *task.denoiser.latent_shape)
+    timesteps, rows = torch.randint(1000, (256,)), torch.arange(256) % 4
+    x_t = task.denoiser.add_noise(task.denoiser.encode(task.forget)[rows], noise, timesteps)
+
+    def loss() -> float:
+        reader = TextDenoiser(task.denoiser.pipeline, task.captions)
+        with torch.no_grad():
+            return (reader.noise_pred(x_t, timesteps, rows) - noise).square().mean().item()
+
+    before = loss()
+    assert negative_mse(task, learning_rate=1e-2, steps=30, batch_size=4) == "done"
+    assert loss() > before
+    assert all(torch.equal(value, network[name]) for name, value in task.denoiser.model.state_dict().items())
+
+
 def test_a_run_writes_a_result_that_tells_itself(dolls, tmp_path, monkeypatch, capsys):
     for name, value in {
         "NUM_FORGET": 8,
@@ -132,6 +171,38 @@ def test_a_run_writes_a_result_that_tells_itself(dolls, tmp_path, monkeypatch, c
     assert text_run.main(arguments) == 0
     assert capsys.readouterr().out.split() == ["uce-sword-0"]
     assert text_run.main([*arguments[:-1], f"--model_dir={tmp_path / 'nowhere'}"]) == 2
+    check_attacks(tmp_path, monkeypatch)
+
+
+def check_attacks(folder, monkeypatch):
+    """On the pipeline that the run has left."""
+    small = {
+        "NUM_FORGET": 8,
+        "NUM_IMAGES": 4,
+        "SAMPLE_STEPS": 2,
+        "ATTACK_STEPS": 2,
+        "RELEARN_STEPS": (1, 2),
+        # The tiny tokenizer knows no other words.
+        "PARAPHRASES": ("{}", "a {}"),
+    }
+    for name, value in small.items():
+        monkeypatch.setattr(attacks, name, value)
+    arguments = [f"--results_dir={folder / 'results'}", f"--model_dir={folder}", "--concepts=sword", "--methods"]
+    assert attacks.main([*arguments, "ours"]) == 0
+    file = folder / "results" / attacks.NAME / "ours-sword-0.json"
+    shown = json.loads(file.read_text())["shown"]
+    assert [*shown] == [
+        "held-out prompts",
+        "no prompt",
+        "paraphrases",
+        "embedding",
+        "relearning, 1 steps",
+        "relearning, 2 steps",
+    ]
+    assert all(0 <= share <= 1 for share in shown.values()) and file.with_suffix(".png").is_file()
+    assert attacks.main([*arguments, "uce"]) == 2  # no pipeline of it is there
+    file.unlink()
+    assert attacks.main([*arguments, "ours", "--dry_run"]) == 0 and not file.is_file()
 
 
 def test_live_bytes_by_hand():

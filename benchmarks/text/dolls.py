@@ -64,8 +64,9 @@ class Dolls:
         self.count = len(self.images) - len(self.images) // 20
         self.judge = AttributeJudge.from_file(folder / "judge.safetensors")
 
-    def denoiser(self, prompts: list[str]) -> TextDenoiser:
-        denoiser = TextDenoiser.from_pretrained(self.folder / "pipeline", prompts)
+    def denoiser(self, prompts: list[str], pipeline: Path | None = None) -> TextDenoiser:
+        """The base model, or another ``pipeline`` made of it."""
+        denoiser = TextDenoiser.from_pretrained(pipeline or self.folder / "pipeline", prompts)
         denoiser.guidance_scale = GUIDANCE_SCALE
         denoiser.batch_size = 32
         return denoiser

@@ -25,6 +25,8 @@ from benchmarks.experiment import RESULTS
 from benchmarks.run import code_version, environment
 from benchmarks.text.dolls import CONCEPTS, FOLDER, Dolls
 from benchmarks.text.esd import esd
+from benchmarks.text.negative_mse import negative_mse
+from benchmarks.text.spm import spm
 from benchmarks.text.task import TextTask, make_task
 from benchmarks.text.uce import uce
 from vdu_peft.config import UnlearnConfig, VDUConfig
@@ -64,6 +66,11 @@ METHODS = {
     "ours-deterministic": (ours, {**OURS, "variational": False}),
     "esd-x": (esd, {"parameters": "x", "learning_rate": 3e-4, "steps": 200, "batch_size": 8, "guidance": 1.0}),
     "esd-u": (esd, {"parameters": "u", "learning_rate": 1e-4, "steps": 200, "batch_size": 8, "guidance": 1.0}),
+    "spm": (
+        spm,
+        {"learning_rate": 1e-3, "steps": 100, "batch_size": 8, "guidance": 1.0, "anchoring_weight": 1.0},
+    ),
+    "negative-mse": (negative_mse, {"learning_rate": 1e-5, "steps": 50, "batch_size": 8}),
     "uce": (uce, {"preserve_scale": 1.0, "ridge": 0.1}),
 }
 
@@ -111,6 +118,7 @@ def run(concept: str, method: str, seed: int, results: Path, folder: Path, threa
     file = result_file(concept, method, seed, results)
     file.parent.mkdir(parents=True, exist_ok=True)
     report.save(file.with_suffix(""), before[rows], after[rows], method=method)
+    task.denoiser.save_pretrained(file.with_suffix("") / "pipeline")  # for benchmarks.text.attacks
     unfinished = file.with_suffix(".tmp")
     unfinished.write_text(json.dumps(record, indent=1) + "\n")
     unfinished.replace(file)

@@ -1,0 +1,146 @@
+"""Attack the unlearned text-to-image models: how often does what was forgotten come out all the same?
+
+    python -m benchmarks.text.attacks --concepts sword vampire --methods base ours uce
+
+Needs the pipelines that ``benchmarks.text.run`` leaves beside its results. Every attack on every model writes into one
+result; models that have one are not attacked again.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.utils import set_seed
+
+from benchmarks.experiment import RESULTS
+from benchmarks.run import code_version, environment
+from benchmarks.text.dolls import CONCEPTS, FOLDER, Dolls
+from benchmarks.text.run import METHODS, NUM_FORGET, SAMPLE_STEPS, result_file
+from benchmarks.text.task import make_task
+from vdu_peft.attack import embedding_attack, shift_embeddings
+from vdu_peft.evaluation import labelled_grids
+from vdu_peft.objective import denoising_loss
+from vdu_peft.text_denoiser import TextDenoiser
+from vdu_peft.text_evaluation import EvaluationPrompt, Target, draw
+
+NAME = "dolls-attacks"
+NUM_IMAGES = 60
+# In forms that no caption has; what else they name is in many images without the target.
+PARAPHRASES = ("{}", "{0} {0} {0}", "holding a torch, {}", "wearing a gold crown, a {}", "a torch and a {} and a mummy")
+ATTACK_STEPS = 150
+NUM_RELEARN_IMAGES, RELEARN_STEPS, RELEARN_LEARNING_RATE = 5, (10, 30, 100), 1e-4
+
+
+def attack(concept: str, method: str, seed: int, results: Path, folder: Path, commit: str) -> None:
+    """All attacks on one model, ``base`` or what a method made of it."""
+    dolls, forgotten = Dolls(folder), CONCEPTS[concept]
+    (target,) = forgotten.targets
+    unlearned = folder if method == "base" else result_file(concept, method, seed, results).with_suffix("")
+    task = make_task(dolls, forgotten, NUM_FORGET, 1, seed)
+    held_out = [prompt.text for prompt in dolls.evaluation_prompts(forgotten, NUM_IMAGES, 0)]
+    phrases = [form.format(value) for value in target.values for form in PARAPHRASES]
+    phrases = [phrases[i % len(phrases)] for i in range(NUM_IMAGES)]
+    denoiser = dolls.denoiser([*task.captions, *held_out, *phrases], unlearned / "pipeline")
+    labels = torch.tensor([denoiser.label(caption) for caption in task.captions])
+    images = {
+        "held-out prompts": sampled(denoiser, held_out, seed),
+        "no prompt": sampled(denoiser, [""] * NUM_IMAGES, seed),
+        "paraphrases": sampled(denoiser, phrases, seed),
+    }
+    embeddings = denoiser.embeddings
+    shift = embedding_attack(denoiser, task.forget, labels, steps=ATTACK_STEPS, seed=seed, progress="embedding")
+    shift_embeddings(denoiser, shift)
+    images["embedding"] = sampled(denoiser, held_out, seed)
+    denoiser.embeddings = embeddings
+    rows = slice(NUM_RELEARN_IMAGES)
+    for step in relearned(denoiser, task.forget[rows], labels[rows], seed):
+        images[f"relearning, {step} steps"] = sampled(denoiser, held_out, seed)
+    record = {
+        "concept": concept,
+        "method": method,
+        "seed": seed,
+        "num_images": NUM_IMAGES,
+        "sampler": f"DDIM, {SAMPLE_STEPS} steps, guidance {denoiser.guidance_scale}, seed {seed + 1}",
+        "embedding_attack": {"steps": ATTACK_STEPS, "images": NUM_FORGET},
+        "relearning": {"images": NUM_RELEARN_IMAGES, "learning_rate": RELEARN_LEARNING_RATE},
+        "shown": {name: share_shown(drawn, target, dolls) for name, drawn in images.items()},
+        "environment": environment(commit),
+    }
+    file = attack_file(concept, method, seed, results)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    grids = {name: drawn[:20] for name, drawn in images.items()}
+    labelled_grids(grids, columns=len(grids)).save(file.with_suffix(".png"))
+    unfinished = file.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(record, indent=1) + "\n")
+    unfinished.replace(file)
+
+
+def attack_file(concept: str, method: str, seed: int, results: Path) -> Path:
+    return results / NAME / f"{method}-{concept}-{seed}.json"
+
+
+def sampled(denoiser: TextDenoiser, prompts: list[str], seed: int) -> torch.Tensor:
+    """Images of prompts, as the benchmark draws them; the empty one is drawn without guidance away from itself."""
+    rows = [EvaluationPrompt(prompt) for prompt in prompts]
+    return draw(denoiser, rows, seed=seed + 1, num_inference_steps=SAMPLE_STEPS)
+
+
+def share_shown(images: torch.Tensor, target: Target, dolls: Dolls) -> float:
+    """Share of the images in which the judge sees the target."""
+    found = dolls.judge.judge(images)[1][target.attribute]
+    return sum(value in target.values for value in found) / len(found)
+
+
+def relearned(denoiser: TextDenoiser, images: torch.Tensor, labels: torch.Tensor, seed: int):
+    """Fine-tune the whole network on a few images of the target with their captions; yields at ``RELEARN_STEPS``."""
+    latents = denoiser.encode(images)
+    denoiser.model.requires_grad_(True)
+    optimizer = torch.optim.Adam(denoiser.model.parameters(), lr=RELEARN_LEARNING_RATE)
+    for step in range(1, RELEARN_STEPS[-1] + 1):
+        # Another seed: who relearns does not have the noise and timesteps that unlearning had.
+        set_seed(((seed + 104_729) * 1_000_003 + step) % 2**32)
+        noise = torch.randn_like(latents)
+        timesteps = torch.randint(denoiser.num_train_timesteps, (len(latents),))
+        x_t = denoiser.add_noise(latents, noise, timesteps)
+        denoising_loss(denoiser.noise_pred(x_t, timesteps, labels), noise).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step in RELEARN_STEPS:
+            yield step
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    single = [name for name, forgotten in CONCEPTS.items() if len(forgotten.targets) == 1]
+    parser.add_argument("--concepts", nargs="+", choices=single, default=single)
+    parser.add_argument("--methods", nargs="+", choices=["base", *METHODS], default=["base", *METHODS])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--model_dir", type=Path, default=FOLDER, help="with pipeline/, judge.safetensors, dolls.npz")
+    parser.add_argument("--results_dir", type=Path, default=RESULTS)
+    parser.add_argument("--dry_run", action="store_true", help="list the models to attack and end")
+    args = parser.parse_args(argv)
+    missing = [
+        (concept, method, seed)
+        for seed in args.seeds
+        for concept in args.concepts
+        for method in args.methods
+        if not attack_file(concept, method, seed, args.results_dir).is_file()
+    ]
+    if args.dry_run:
+        print("\n".join(f"{method}-{concept}-{seed}" for concept, method, seed in missing))
+        return 0
+    for concept, method, seed in missing:
+        model = result_file(concept, method, seed, args.results_dir).with_suffix("") / "pipeline"
+        if method != "base" and not model.is_dir():
+            print(f"{model}: not there; python -m benchmarks.text.run leaves it beside its result", file=sys.stderr)
+            return 2
+    commit = code_version()
+    for item in missing:
+        attack(*item, args.results_dir, args.model_dir, commit)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
