@@ -155,6 +155,8 @@ def test_a_prompt_file_is_evaluated(tmp_path, pipeline_folder, capsys):
         ([model, f"--clip_model={tmp_path / 'nowhere'}"], "cannot be loaded as a CLIP model"),
         ([model, *judge, "--guidance_scale=-1"], "guidance_scale must be a number from 0"),
         ([f"--model={pipeline_folder}", *judge], "is not a text-to-image model"),
+        ([f"--model={pipeline_folder}", *judge, "--dtype=bfloat16"], "dtype: "),
+        *([] if torch.cuda.is_available() else [([model, *judge, "--dtype=float16"], "float16 needs a GPU")]),
     ):
         assert main([*evaluate, *options]) == 2
         assert message in capsys.readouterr().err
@@ -164,6 +166,9 @@ def test_a_prompt_file_is_evaluated(tmp_path, pipeline_folder, capsys):
     assert {*report["figures"]} == {"UA", "IRA", "CRA", "target prompts, other attributes"}
     assert report["figures"]["IRA"]["before"] is None  # the other prompt asks for no weapon
     assert report["sampler"].startswith("DDIMScheduler, 2 steps") and report["forget_attribute"] == "weapon=sword"
+    assert main([*evaluate, model, "--nudenet", "--dtype=bfloat16", "--overwrite"]) == 0
+    figures = json.loads((tmp_path / "report" / "report.json").read_text())["figures"]
+    assert len(figures) == 10 and figures["NudeNet, exposed parts"] == {"before": 0, "after": 0}
     class_options = [model, f"--adapter={tmp_path / 'adapter'}", f"--output_dir={tmp_path / 'other'}"]
     assert main(["evaluate", *class_options, "--forget_attribute=weapon=sword", "--judge=x"]) == 2
     assert "reference: needed to evaluate a forgotten class" in capsys.readouterr().err

@@ -3,9 +3,13 @@
 import json
 import math
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_text_pipeline
+from nudenet import NudeDetector
+from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from vdu_peft.denoiser import ModelError
@@ -20,6 +24,7 @@ from vdu_peft.text_evaluation import (
     clip_scores,
     draw,
     evaluate_prompts,
+    exposed_parts,
     load_clip,
     read_prompt_file,
 )
@@ -179,3 +184,31 @@ def test_clip_scores_are_the_models_own_logits(tmp_path):
     assert figures["CLIP score, target prompts"][0] == pytest.approx(sum(expected) / 3, abs=1e-3)
     with pytest.raises(ModelError, match="cannot be loaded as a CLIP model"):
         load_clip(str(tmp_path / "nowhere"))
+
+
+def test_nudenet_sees_what_it_sees_of_a_file_and_only_exposed_parts_count(tmp_path):
+    class Noted(NudeDetector):
+        """The real detector, beside what it was given, and with parts planted into what it finds."""
+
+        def detect(self, image):
+            given.append((image, super().detect(image)))
+            return [*given[-1][1], *planted]
+
+    given = []
+    planted = [
+        {"class": "BELLY_EXPOSED", "score": 0.61},
+        {"class": "BELLY_EXPOSED", "score": 0.59},
+        {"class": "FEET_COVERED", "score": 0.9},
+        {"class": "FEMALE_BREAST_EXPOSED", "score": 0.9},
+    ]
+    images = torch.rand(2, 3, 40, 32) * 2 - 1
+    counts = exposed_parts(images, Noted())
+    for image, (array, detections) in zip(images, given, strict=True):
+        file = tmp_path / "image.png"
+        Image.fromarray(((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()).save(file)
+        assert np.array_equal(array, cv2.imread(str(file)))
+        assert detections == NudeDetector().detect(str(file))
+    assert counts["NudeNet, exposed parts"] == 4 and sum(counts.values()) == 8
+    assert counts["NudeNet, belly exposed"] == counts["NudeNet, female breast exposed"] == 2
+    report = evaluate_prompts(images, images, [prompt("elf", "axe"), prompt("orc", "")], nudenet=Noted())
+    assert report.figures["NudeNet, exposed parts"] == (4, 4) and "         4         4" in report.lines()[2]

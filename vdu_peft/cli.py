@@ -23,7 +23,7 @@ from vdu_peft.data import DataError, ImageSource
 from vdu_peft.demo import peak_memory_mib, run_demo
 from vdu_peft.denoiser import Denoiser, ModelError
 from vdu_peft.evaluation import evaluate, held_out_loss_gap, labelled_grids
-from vdu_peft.export import export_lora, merge
+from vdu_peft.export import DTYPES, export_lora, merge
 from vdu_peft.hub import HubError, check_hub, push_to_hub
 from vdu_peft.judge import AttributeJudge, Judge, JudgeError
 from vdu_peft.options import ADAPTER_OPTIONS, parse
@@ -224,13 +224,23 @@ def _outcome(result, output_dir: Path) -> int:
     return 0
 
 
+def _drawing_denoiser(args: argparse.Namespace, prompts: list[str]) -> Denoiser:
+    """The model as ``sample`` and ``evaluate`` are told to draw with it."""
+    if args.dtype == "float16" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        raise ConfigError("dtype: float16 needs a GPU; use bfloat16 or float32")
+    denoiser = open_denoiser(args.model, prompts, DTYPES[args.dtype or "float32"], resolution=args.resolution)
+    if args.dtype and not isinstance(denoiser, TextDenoiser):
+        raise ConfigError(f"dtype: {args.model} is not a text-to-image model; leave it out")
+    _set_guidance(denoiser, args)
+    return denoiser
+
+
 def _sample(args: argparse.Namespace) -> int:
     if args.num_images < 1:
         raise ConfigError(f"num_images must be at least 1, not {args.num_images}")
     if args.output_file.suffix.lower() not in Image.registered_extensions():
         raise ConfigError(f"{args.output_file}: not an image file name; end it in .png")
-    denoiser = open_denoiser(args.model, args.prompt, resolution=args.resolution).to_best_device()
-    _set_guidance(denoiser, args)
+    denoiser = _drawing_denoiser(args, args.prompt).to_best_device()
     options = {"seed": args.seed, "num_inference_steps": args.num_inference_steps}
     if isinstance(denoiser, TextDenoiser):
         if args.class_labels:
@@ -326,8 +336,8 @@ def _evaluate_class(args: argparse.Namespace) -> int:
     for name in ("judge", "reference", "label_column", "forget_class"):
         if getattr(args, name) is None:
             raise ConfigError(f"{name}: needed to evaluate a forgotten class; for text-to-image models give prompts")
-    for name in ("forget_attribute", "clip_model", "resolution", "guidance_scale"):
-        if getattr(args, name) is not None:
+    for name in ("forget_attribute", "clip_model", "nudenet", "resolution", "guidance_scale", "dtype"):
+        if getattr(args, name) not in (None, False):
             raise ConfigError(f"{name}: goes with prompts")
     _check_evaluation(args.num_samples)
     judge = Judge.from_file(args.judge)
@@ -373,17 +383,18 @@ def _evaluate_prompts(args: argparse.Namespace) -> int:
         raise ConfigError("label_column: the reference of a prompt file has no labels; leave it out")
     if (args.judge is None) != (args.forget_attribute is None):
         raise ConfigError("forget_attribute: is what a judge looks for; give both or neither")
-    if args.judge is None and args.clip_model is None:
-        raise ConfigError("judge: nothing would be measured; give a judge, a clip_model or both")
+    if args.judge is None and args.clip_model is None and not args.nudenet:
+        raise ConfigError("judge: nothing would be measured; give a judge, a clip_model or nudenet")
+    if args.nudenet and find_spec("nudenet") is None:
+        raise ConfigError("nudenet: pip install nudenet")
     if args.judge is None and args.reference is not None:
         raise ConfigError("reference: the distance to it is on a judge's features; give a judge")
     judge = AttributeJudge.from_file(args.judge) if args.judge else None
     target = Target.parse(args.forget_attribute) if args.forget_attribute else None
     prompts = read_prompt_file(args.prompts, judge, target)
-    denoiser = open_denoiser(args.model, [prompt.text for prompt in prompts], resolution=args.resolution)
+    denoiser = _drawing_denoiser(args, [prompt.text for prompt in prompts])
     if not isinstance(denoiser, TextDenoiser):
         raise ConfigError(f"prompts: {args.model} is not a text-to-image model")
-    _set_guidance(denoiser, args)
     if judge and denoiser.image_size != judge.image_size:
         raise ConfigError(f"judge: takes {judge.image_size} images, {args.model} draws {denoiser.image_size}")
     reference = None
@@ -393,12 +404,13 @@ def _evaluate_prompts(args: argparse.Namespace) -> int:
         if len(reference) < MIN_FID_IMAGES:
             raise ConfigError(f"reference: {len(reference)} images are too few for a distance; give {MIN_FID_IMAGES}")
     clip = load_clip(args.clip_model) if args.clip_model is not None else None
+    nudenet = _nude_detector() if args.nudenet else None
     denoiser.model = load_adapter(denoiser.to_best_device().model, args.adapter).get_base_model()
     sampling = {"seed": args.seed, "num_inference_steps": args.num_inference_steps}
     with adapter_scale(denoiser.model, 0):
         before = draw(denoiser, prompts, progress="adapter off", **sampling)
     after = draw(denoiser, prompts, progress="adapter on", **sampling)
-    report = evaluate_prompts(before, after, prompts, target, judge, reference, clip)
+    report = evaluate_prompts(before, after, prompts, target, judge, reference, clip, nudenet)
     names = ("model", "adapter", "judge", "prompts", "reference", "forget_attribute", "clip_model")
     context = {name: str(getattr(args, name)) for name in names if getattr(args, name) is not None}
     context |= {"guidance_scale": denoiser.guidance_scale, "image_size": denoiser.image_size}
@@ -407,6 +419,12 @@ def _evaluate_prompts(args: argparse.Namespace) -> int:
     report.save(args.output_dir, before, after, **context)
     print("\n".join(report.lines()))
     return 0
+
+
+def _nude_detector():
+    from nudenet import NudeDetector
+
+    return NudeDetector()
 
 
 def _check_evaluation(num_samples: int) -> None:

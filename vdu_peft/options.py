@@ -96,6 +96,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     sub.add_argument("--class_labels", type=int, nargs="+", help="of a class-conditional model: draw these in turn")
     sub.add_argument("--prompt", nargs="+", default=[], help="of a text-to-image model: draw these in turn")
     _text_arguments(sub)
+    _dtype_argument(sub)
     sub.add_argument("--num_inference_steps", type=int, default=25)
     sub.add_argument("--output_file", type=Path, default=Path("samples.png"))
     sub.add_argument("--seed", type=int, default=0)
@@ -166,7 +167,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     sub.add_argument("--forget_attribute", help="what the adapter forgot, as the judge calls it: weapon=sword")
     sub.add_argument("--clip_model", help="hub id or folder: measure the CLIP score of image and prompt, too")
+    sub.add_argument("--nudenet", action="store_true", help="count the exposed parts that NudeNet finds, too")
     _text_arguments(sub)
+    _dtype_argument(sub)
     sub.add_argument(
         "--num_samples",
         type=int,
@@ -246,6 +249,10 @@ def _text_arguments(parser: argparse.ArgumentParser) -> None:
     """How a text-to-image model draws."""
     parser.add_argument("--resolution", type=int, help="of a text-to-image model; default the model's own")
     parser.add_argument("--guidance_scale", type=float, help="of a text-to-image model; default the stock pipeline's")
+
+
+def _dtype_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=DTYPES, help="of a text-to-image model's computation; default float32")
 
 
 def _output_arguments(parser: argparse.ArgumentParser) -> None:
