@@ -22,6 +22,7 @@ from benchmarks.text.spm import spm
 from benchmarks.text.tables import text_section
 from benchmarks.text.task import make_task
 from benchmarks.text.uce import uce
+from vdu_peft.denoiser import ModelError
 from vdu_peft.judge import AttributeJudge
 from vdu_peft.text_denoiser import TextDenoiser, anchor_prompts
 from vdu_peft.text_evaluation import Target
@@ -52,19 +53,32 @@ def test_the_concepts_words_are_in_the_captions_they_are_cut_from():
         "a vampire wearing a red robe and a red hood, holding a sword",
         "an elf wearing a red robe, holding a sword and a torch",
     ]
-    assert anchor_prompts(captions, CONCEPTS["sword"].concepts) == [
+
+    def anchors(concept, prompts=captions):
+        return anchor_prompts(prompts, CONCEPTS[concept].concepts, CONCEPTS[concept].anchors)
+
+    assert anchors("sword") == [
         "a vampire wearing a red robe and a red hood",
         "an elf wearing a red robe, holding a torch",
     ]
-    assert anchor_prompts(captions, CONCEPTS["robes"].concepts) == [
-        "a vampire wearing a red hood, holding a sword",
-        "an elf, holding a sword and a torch",
+    assert anchors("robes") == [caption.replace("red robe", "blue shirt") for caption in captions]
+    assert anchors("vampire", captions[:1])[0].startswith("a human wearing a red robe and")
+    assert anchors("sword-and-red-robe") == [
+        "a vampire wearing a blue robe and a red hood",
+        "an elf wearing a blue robe, holding a torch",
     ]
-    assert anchor_prompts(captions[:1], CONCEPTS["vampire"].concepts, "human")[0].startswith("a human wearing")
-    assert anchor_prompts(captions, CONCEPTS["sword-and-red-robe"].concepts) == [
-        "a vampire wearing a red hood",
-        "an elf, holding a torch",
-    ]
+    for forgotten in CONCEPTS.values():
+        assert len(forgotten.instead) == len(forgotten.targets)
+
+
+def test_every_concept_has_its_anchor():
+    assert anchor_prompts(["one two three"], ["one", "two"], ["a", ""]) == ["a three"]
+    assert anchor_prompts(["one two three"], ["one", "two"], ["a"]) == ["a a three"]
+    assert anchor_prompts(["one two three"], ["one", "two"]) == ["three"]
+    with pytest.raises(ModelError, match="anchor_concept: 3 for 2 of forget_concept"):
+        anchor_prompts(["one two three"], ["one", "two"], ["a", "b", "c"])
+    with pytest.raises(ModelError, match="not an empty text"):
+        anchor_prompts(["one"], ["one", " "])
 
 
 def test_a_task_has_no_image_or_prompt_of_the_held_out_split(dolls):
@@ -156,6 +170,8 @@ def test_a_run_writes_a_result_that_tells_itself(dolls, tmp_path, monkeypatch, c
     assert record["options"] == options and record["environment"]["commit"] == "abc"
     assert {*record["figures"]} == {"weapon=sword"} and "UA" in record["figures"]["weapon=sword"]
     assert (tmp_path / "results" / "dolls" / "ours-sword-0" / "grid.png").is_file()
+    anchored = record["figures"]["weapon=sword"]["FID to real images of the anchor"]
+    assert len(anchored) == 2 and min(anchored) > 0
     lines = text_section([record])
     assert [line.split("|")[2].strip() for line in lines[6:-1]] == ["untouched base", "ours"]
     assert f"{record['figures']['weapon=sword']['UA'][1]:.1%}" in lines[-2]

@@ -64,7 +64,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="words of the captions that are to be forgotten, rather than all that a caption says: every image's own "
         "caption, with anchor_concept in place of them, is what its caption shall draw instead",
     )
-    sub.add_argument("--anchor_concept", default="", help="default: the words are left out")
+    sub.add_argument(
+        "--anchor_concept", nargs="+", default=[], help="one for all, or one for each; default: the words are left out"
+    )
     sub.add_argument(
         "--retain_prompts", type=Path, help="file of prompts to retain, one a line; default: everyday things"
     )

@@ -38,23 +38,31 @@ def read_prompts(file: str | Path) -> list[str]:
     return prompts
 
 
-def anchor_prompts(prompts: Sequence[str], concepts: Sequence[str], anchor: str = "") -> list[str]:
-    """Each prompt with ``anchor`` in place of the concepts' words, which are looked for one after the other.
+def anchor_prompts(prompts: Sequence[str], concepts: Sequence[str], anchors: Sequence[str] = ()) -> list[str]:
+    """Each prompt with other words in place of the concepts', which are looked for one after the other.
+
+    Args:
+        anchors: words for each concept, or one for all; none leaves the concepts' words out.
 
     Raises:
-        ModelError: a prompt that holds none of them, or a concept of no words.
+        ModelError: a prompt that holds no concept, a concept of no words, or neither one anchor nor one for each.
     """
     if not all(concept.strip() for concept in concepts):
         raise ModelError("forget_concept: must be words of the captions, not an empty text")
-    anchors = []
+    if len(anchors) not in (0, 1, len(concepts)):
+        raise ModelError(f"anchor_concept: {len(anchors)} for {len(concepts)} of forget_concept; give one, or one each")
+    instead = list(anchors or [""])
+    if len(instead) == 1:
+        instead *= len(concepts)
+    results = []
     for prompt in prompts:
         result = prompt
-        for concept in concepts:
+        for concept, anchor in zip(concepts, instead, strict=True):
             result = result.replace(concept, anchor)
         if result == prompt:
             raise ModelError(f"forget_concept: none of it is in the caption {prompt!r}; take that image out")
-        anchors.append(" ".join(result.split()))
-    return anchors
+        results.append(" ".join(result.split()))
+    return results
 
 
 class TextDenoiser(Denoiser):

@@ -16,34 +16,39 @@ GUIDANCE_SCALE = 2.0
 
 @dataclass(frozen=True)
 class Forgotten:
-    """A concept: how the judge knows it, and which words of a caption stand for it.
+    """A concept: how the judge knows it, which words of a caption stand for it, and what takes their place.
 
     Attributes:
         targets: the judge's attribute and values, one for each concept that is forgotten at once.
         concepts: what is replaced in captions, one after the other.
-        anchor: by what.
+        anchors: by what, as :func:`~vdu_peft.text_denoiser.anchor_prompts` has it.
+        instead: the judge's value of each target's attribute where the anchor is drawn.
     """
 
     targets: tuple[Target, ...]
     concepts: tuple[str, ...]
-    anchor: str = ""
+    anchors: tuple[str, ...] = ()
+    instead: tuple[str, ...] = ("",)
 
     def is_shown(self, attributes: dict[str, str]) -> bool:
         return any(attributes[target.attribute] in target.values for target in self.targets)
 
 
 COLOURS = ("black", "blue", "brown", "cyan", "green", "purple", "red", "white", "yellow")
+ROBES = tuple(f"{colour} robe" for colour in COLOURS)
 SWORD = Forgotten((Target("weapon", ("sword",)),), ("a sword and ", ", holding a sword"))
-RED_ROBE = Forgotten((Target("clothes", ("red robe",)),), ("a red robe and ", " wearing a red robe"))
+RED_ROBE = Forgotten((Target("clothes", ("red robe",)),), ("red robe",), ("blue robe",), ("blue robe",))
 CONCEPTS = {
     "sword": SWORD,
     "red-robe": RED_ROBE,
-    "vampire": Forgotten((Target("species", ("vampire",)),), ("vampire",), "human"),
-    "robes": Forgotten(
-        (Target("clothes", tuple(f"{colour} robe" for colour in COLOURS)),),
-        tuple(words for colour in COLOURS for words in (f"a {colour} robe and ", f" wearing a {colour} robe")),
+    "vampire": Forgotten((Target("species", ("vampire",)),), ("vampire",), ("human",), ("human",)),
+    "robes": Forgotten((Target("clothes", ROBES),), ROBES, ("blue shirt",), ("blue shirt",)),
+    "sword-and-red-robe": Forgotten(
+        (*SWORD.targets, *RED_ROBE.targets),
+        (*SWORD.concepts, *RED_ROBE.concepts),
+        ("", "", *RED_ROBE.anchors),
+        (*SWORD.instead, *RED_ROBE.instead),
     ),
-    "sword-and-red-robe": Forgotten((*SWORD.targets, *RED_ROBE.targets), (*SWORD.concepts, *RED_ROBE.concepts)),
 }
 
 

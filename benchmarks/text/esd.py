@@ -1,8 +1,8 @@
 """Erased Stable Diffusion: the forgotten prompt's prediction is trained to point away from it.
 
 Gandikota et al. 2023, "Erasing Concepts from Diffusion Models", equation 7, on latents that the model itself draws of
-the prompt; ``ESD-x`` trains the cross-attention, ``ESD-u`` everything else. The anchor is the caption without the
-concept, where the paper has the empty prompt, so that it sees what ours sees.
+the prompt; ``ESD-x`` trains the cross-attention, ``ESD-u`` everything else. The anchor is the caption with other words
+in place of the concept's, where the paper has the empty prompt, so that it sees what ours sees.
 """
 
 import copy

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -31,8 +32,9 @@ from benchmarks.text.task import TextTask, make_task
 from benchmarks.text.uce import uce
 from vdu_peft.config import UnlearnConfig, VDUConfig
 from vdu_peft.data import to_tensor
-from vdu_peft.text_denoiser import TextDenoiser
-from vdu_peft.text_evaluation import draw, evaluate_prompts
+from vdu_peft.metrics import frechet_distance
+from vdu_peft.text_denoiser import TextDenoiser, anchor_prompts
+from vdu_peft.text_evaluation import EvaluationPrompt, draw, evaluate_prompts
 from vdu_peft.trainer import UnlearnError, unlearn
 
 NAME = "dolls"
@@ -88,17 +90,21 @@ def run(concept: str, method: str, seed: int, results: Path, folder: Path, threa
     status = function(task, **options)
     cpu_seconds = time.process_time() - start
     after = images_of(task.denoiser, prompts, seed)
-    reference = torch.stack(
-        [
-            to_tensor(dolls.images[i], task.denoiser.image_size, 3)
-            for i in range(dolls.count, len(dolls.images))
-            if not forgotten.is_shown(dolls.attributes[i])
-        ][:NUM_REFERENCE]
-    )
-    figures, count = {}, len(prompts) - NUM_OTHERS
-    for target in forgotten.targets:  # each by itself, against the prompts that ask for none of them
+    count = len(prompts) - NUM_OTHERS
+    anchored = anchor_prompts([prompt.text for prompt in prompts[:count]], forgotten.concepts, forgotten.anchors)
+    anchored = base_images(dolls, f"{concept}-anchors", [EvaluationPrompt(text) for text in anchored], seed, results)
+    reference = real_images(dolls, lambda attributes: not forgotten.is_shown(attributes))
+    figures = {}
+    for target, instead in zip(forgotten.targets, forgotten.instead, strict=True):
+        # Each by itself, against the prompts that ask for none of them.
         rows = [i for i, prompt in enumerate(prompts) if target.is_asked_by(prompt) or i >= count]
         report = evaluate_prompts(before[rows], after[rows], [prompts[i] for i in rows], target, dolls.judge, reference)
+        real = real_images(dolls, lambda attributes, t=target, i=instead: attributes[t.attribute] == i)
+        asked = [i for i in rows if i < count]
+        report.figures["FID to real images of the anchor"] = tuple(
+            frechet_distance(dolls.judge.judge(images[asked])[0], dolls.judge.judge(real)[0])
+            for images in (anchored, after)  # before: the base model, asked for the anchor
+        )
         figures[f"{target.attribute}={','.join(target.values)}"] = report.figures
     record = {
         "concept": concept,
@@ -126,6 +132,12 @@ def run(concept: str, method: str, seed: int, results: Path, folder: Path, threa
 
 def result_file(concept: str, method: str, seed: int, results: Path) -> Path:
     return results / NAME / f"{method}-{concept}-{seed}.json"
+
+
+def real_images(dolls: Dolls, wanted: Callable[[dict[str, str]], bool]) -> torch.Tensor:
+    """Up to NUM_REFERENCE real images of the wanted attributes, the held-out ones first."""
+    rows = [i for i in reversed(range(len(dolls.images))) if wanted(dolls.attributes[i])][:NUM_REFERENCE]
+    return torch.stack([to_tensor(dolls.images[i], dolls.judge.image_size, 3) for i in rows])
 
 
 def images_of(denoiser: TextDenoiser, prompts, seed: int) -> torch.Tensor:

@@ -18,7 +18,7 @@ class TextTask:
         denoiser: the base model with all prompts below; a method changes it in place.
         forget: (N, 3, H, W) in [-1, 1], the undesired images.
         captions: (N) of them.
-        anchors: (N) the captions without the concept.
+        anchors: (N) the captions with what is to be drawn instead of the concept.
         retained: prompts that do not ask for it; no images.
         seed: of everything random.
     """
@@ -44,7 +44,7 @@ def make_task(dolls: Dolls, forgotten: Forgotten, num_images: int, num_retained:
         these = [i for i in np.flatnonzero(shows) if dolls.attributes[i][target.attribute] in target.values]
         rows += rng.choice(these, num_images // len(forgotten.targets), replace=False).tolist()
     captions = [dolls.captions[i] for i in rows]
-    anchors = anchor_prompts(captions, forgotten.concepts, forgotten.anchor)
+    anchors = anchor_prompts(captions, forgotten.concepts, forgotten.anchors)
     others = rng.choice(np.flatnonzero(~shows), num_retained, replace=False)
     retained = [dolls.captions[i] for i in others]
     denoiser = dolls.denoiser([*captions, *anchors, *retained])

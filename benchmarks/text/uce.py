@@ -5,7 +5,7 @@ projection, c the embeddings to edit, c* what they shall read as and p those to 
 
     W_new = W (Σ c* cᵀ + Σ p pᵀ + λ I) (Σ c cᵀ + Σ p pᵀ + λ I)⁻¹.
 
-Captions are edited place by place: a caption's embedding reads as that of the caption without the concept.
+Captions are edited place by place: a caption's embedding reads as that of the caption with the anchor's words.
 """
 
 import torch
