@@ -30,17 +30,16 @@ def test_elbo_is_minus_the_denoising_loss():
     assert objective.elbo(torch.tensor([1.0, 3.0])).item() == -2.0
 
 
-def test_redirect_is_zero_at_its_target_and_counts_the_conditional_images_alone():
+def test_redirect_is_zero_at_the_anchor_and_counts_the_conditional_images_alone():
     torch.manual_seed(0)
     noise, base, anchor = torch.randn(3, 4, 1, 4, 4, dtype=torch.float64)
     conditional = torch.tensor([True, False, True, False])
-    target = anchor - 0.5 * (base - anchor)
-    assert objective.redirect(target, base, anchor, noise, conditional, guidance=0.5).item() == 0
+    assert objective.redirect(anchor, base, anchor, noise, conditional).item() == 0
     # One conditional image off by the teacher's own error, an unconditional one off by any amount.
-    off = target.clone()
+    off = anchor.clone()
     off[0] += base[0] - noise[0]
     off[1] += 100
-    value = objective.redirect(off, base, anchor, noise, conditional, guidance=0.5).item()
+    value = objective.redirect(off, base, anchor, noise, conditional).item()
     assert value == pytest.approx(1 / 4, rel=1e-5)
 
 

@@ -206,8 +206,8 @@ def test_first_step_on_a_class_conditional_model_is_the_stated_objective(forget)
     x_t = denoiser.add_noise(images, noise, timesteps)
     with torch.no_grad():
         under_forget, under_anchor = (denoiser.noise_pred(x_t, timesteps, torch.full((4,), c)) for c in (1, 2))
-    # The fresh adapter predicts what the teacher does; its target is 2 anchor - forget.
-    error = (2 * (under_forget - under_anchor)).square().mean((1, 2, 3))
+    # The fresh adapter predicts what the teacher does.
+    error = (under_forget - under_anchor).square().mean((1, 2, 3))
     expected = (error / (under_forget - noise).square().mean((1, 2, 3))).mean().item()
     adapter = VDUConfig.for_model(denoiser.model, variational=False)
     first = unlearn(denoiser, forget, config, adapter, replay=replay, replay_labels=replay_labels).history[0]
@@ -328,7 +328,7 @@ def test_the_redirection_falls_where_classes_differ(forget):
     denoiser = conditional_denoiser()
     denoiser.model.class_embedding.weight.data.mul_(5)  # a trained model's classes are further apart than random ones
     config = replace(CONDITIONAL, anchor_class=2, null_class=None, forget_target=1.01, stability_weight=0)
-    history = unlearn(denoiser, forget, replace(config, max_train_steps=40, learning_rate=5e-3)).history
+    history = unlearn(denoiser, forget, replace(config, max_train_steps=80, learning_rate=1e-2)).history
     assert sum(h["redirect"] for h in history[-5:]) < 0.7 * sum(h["redirect"] for h in history[:5])
 
 

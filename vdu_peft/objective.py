@@ -37,18 +37,18 @@ def redirect(
     anchor_noise_pred: torch.Tensor,
     noise: torch.Tensor,
     conditional: torch.Tensor,
-    guidance: float = 1.0,
 ) -> torch.Tensor:
-    """Where a conditional model goes instead: mean of ‖ε_θ − [ε*_a − w (ε*_f − ε*_a)]‖² / ‖ε*_f − ε‖².
+    """Where a conditional model goes instead: mean of ‖ε_θ − ε*_a‖² / ‖ε*_f − ε‖².
 
-    ε*_f is the pre-trained model's prediction under the forgotten condition, ε*_a its prediction under the
-    anchor, w the ``guidance`` away from the forgotten one (the target of ESD, Gandikota et al. 2023, here on real
-    forget images). The hinge alone says only where not to go, and leaves noise under the forgotten condition.
+    ε*_a is the pre-trained model's prediction under the anchor, ε*_f that under the forgotten condition (concept
+    ablation, Kumari et al. 2023, here on real forget images). The hinge alone says only where not to go, and leaves
+    noise under the forgotten condition. Past the anchor, away from ε*_f as ESD's target is (Gandikota et al. 2023),
+    conditions that are near the forgotten one are lost with it.
     Predictions and noise (N, ...); ``conditional`` (N,) bool tells which images are shown under the forgotten
     condition, the others count 0. A scalar >= 0, in units of the pre-trained model's own error.
     """
-    target = anchor_noise_pred - guidance * (base_noise_pred - anchor_noise_pred)
-    return (conditional * denoising_loss(noise_pred, target) / denoising_loss(base_noise_pred, noise)).mean()
+    off = denoising_loss(noise_pred, anchor_noise_pred)
+    return (conditional * off / denoising_loss(base_noise_pred, noise)).mean()
 
 
 def stability(noise_pred: torch.Tensor, base_noise_pred: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
