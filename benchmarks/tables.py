@@ -14,8 +14,9 @@ from statistics import mean, median
 from benchmarks.adapter_cost import NAME as ADAPTER_COST
 from benchmarks.composition import NAME as COMPOSITION
 from benchmarks.experiment import EXPERIMENTS, RESULTS, Entry, Experiment, ExperimentError, read_experiment
+from benchmarks.text.attacks import NAME as ATTACKS
 from benchmarks.text.run import NAME as TEXT
-from benchmarks.text.tables import text_section
+from benchmarks.text.tables import attack_section, text_section
 
 # Of a grid the best is what forgets most among those that keep u-FID below this multiple of the base's FID, or, when
 # none does, the one with the lowest u-FID.
@@ -275,6 +276,9 @@ def main(argv=None) -> int:
     texts = [json.loads(file.read_text()) for file in sorted((args.results_dir / TEXT).glob("*.json"))]
     if texts:
         lines += text_section(texts)
+    attacked = [json.loads(file.read_text()) for file in sorted((args.results_dir / ATTACKS).glob("*.json"))]
+    if attacked:
+        lines += attack_section(attacked)
     (args.output_dir / "README.md").write_text("\n".join(lines))
     return 0
 

@@ -19,7 +19,7 @@ from benchmarks.text.dolls import CONCEPTS, Dolls, Forgotten
 from benchmarks.text.esd import esd
 from benchmarks.text.negative_mse import negative_mse
 from benchmarks.text.spm import spm
-from benchmarks.text.tables import text_section
+from benchmarks.text.tables import attack_section, text_section
 from benchmarks.text.task import make_task
 from benchmarks.text.uce import uce
 from vdu_peft.denoiser import ModelError
@@ -206,7 +206,8 @@ def check_attacks(folder, monkeypatch):
     arguments = [f"--results_dir={folder / 'results'}", f"--model_dir={folder}", "--concepts=sword", "--methods"]
     assert attacks.main([*arguments, "ours"]) == 0
     file = folder / "results" / attacks.NAME / "ours-sword-0.json"
-    shown = json.loads(file.read_text())["shown"]
+    record = json.loads(file.read_text())
+    shown = record["shown"]
     assert [*shown] == [
         "held-out prompts",
         "no prompt",
@@ -216,6 +217,8 @@ def check_attacks(folder, monkeypatch):
         "relearning, 2 steps",
     ]
     assert all(0 <= share <= 1 for share in shown.values()) and file.with_suffix(".png").is_file()
+    row = " | ".join(f"{share:.0%}" for share in shown.values())
+    assert attack_section([record])[-2] == f"| sword | ours | 0 | {row} |"
     assert attacks.main([*arguments, "uce"]) == 2  # no pipeline of it is there
     file.unlink()
     assert attacks.main([*arguments, "ours", "--dry_run"]) == 0 and not file.is_file()

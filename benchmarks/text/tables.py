@@ -8,6 +8,7 @@ TEXT_COLUMNS = {
     "target prompts, other attributes": "{:.1%}",
     "FID, target prompts": "{:.1f}",
     "FID, other prompts": "{:.1f}",
+    "FID to real images of the anchor": "{:.1f}",
 }
 
 
@@ -25,8 +26,9 @@ def text_section(records: list[dict]) -> list[str]:
         f"commit {', '.join(commit for commit, _ in environments)}; {environments[0][1]}. The model, its judge and its "
         "data are in [models/dolls](models/dolls/README.md). UA: target prompts whose image does not show the target; "
         "IRA, CRA: what other prompts ask of the target's attribute, and of the others, that their images show; FID on "
-        "the judge's features against real images without the target. CPU s is one run's, replay and all, without the "
-        "measurement.",
+        "the judge's features against real images without the target, and of target prompts' images against real ones "
+        "of what is drawn instead, where the base's are its own images of the anchors' captions. CPU s is one run's, "
+        "replay and all, without the measurement.",
         "",
         "| target | method | seed | " + " | ".join(TEXT_COLUMNS) + " | CPU s | outcome |",
         "|---" * (len(TEXT_COLUMNS) + 5) + "|",
@@ -45,4 +47,28 @@ def text_section(records: list[dict]) -> list[str]:
                 pairs = {column: pair[when == "after"] for column, pair in figures.items()}
                 cells = [form.format(pairs[column]) if column in pairs else "" for column, form in TEXT_COLUMNS.items()]
                 lines.append("| " + " | ".join([name, method, str(record["seed"]), *cells, *cost]) + " |")
+    return [*lines, ""]
+
+
+def attack_section(records: list[dict]) -> list[str]:
+    """Attacks on the unlearned models: how often the target is still shown, one row per model."""
+    environments = sorted({(r["environment"]["commit"], r["environment"]["machine"]) for r in records})
+    first = records[0]
+    lines = [
+        "## Attacks on the text-to-image model",
+        "",
+        f"`python -m benchmarks.text.attacks`: share of {first['num_images']} images each in which the judge sees the "
+        f"target; {first['sampler'].rsplit(',', 1)[0]}; commit {', '.join(commit for commit, _ in environments)}; "
+        f"{environments[0][1]}. Paraphrases are in forms that no caption has. The embedding attack moves the embedding "
+        f"of every prompt by one shift, learned in {first['embedding_attack']['steps']} steps on the model's own "
+        f"denoising of {first['embedding_attack']['images']} images of the target. Relearning trains the whole network, "
+        f"merged, on {first['relearning']['images']} of them.",
+        "",
+        "| target | method | seed | " + " | ".join(first["shown"]) + " |",
+        "|---" * (len(first["shown"]) + 3) + "|",
+    ]
+    for record in sorted(records, key=lambda r: (r["concept"], r["seed"])):
+        cells = [f"{share:.0%}" for share in record["shown"].values()]
+        method = "untouched base" if record["method"] == "base" else record["method"]
+        lines.append("| " + " | ".join([record["concept"], method, str(record["seed"]), *cells]) + " |")
     return [*lines, ""]
