@@ -61,8 +61,8 @@ def attack_section(records: list[dict]) -> list[str]:
         f"target; {first['sampler'].rsplit(',', 1)[0]}; commit {', '.join(commit for commit, _ in environments)}; "
         f"{environments[0][1]}. Paraphrases are in forms that no caption has. The embedding attack moves the embedding "
         f"of every prompt by one shift, learned in {first['embedding_attack']['steps']} steps on the model's own "
-        f"denoising of {first['embedding_attack']['images']} images of the target. Relearning trains the whole network, "
-        f"merged, on {first['relearning']['images']} of them.",
+        f"denoising of {first['embedding_attack']['images']} images of the target. Relearning trains the whole network "
+        f"on {first['relearning']['images']} of them.",
         "",
         "| target | method | seed | " + " | ".join(first["shown"]) + " |",
         "|---" * (len(first["shown"]) + 3) + "|",
