@@ -71,7 +71,7 @@ def attack(concept: str, method: str, seed: int, results: Path, folder: Path, co
     file = attack_file(concept, method, seed, results)
     file.parent.mkdir(parents=True, exist_ok=True)
     grids = {name: drawn[:20] for name, drawn in images.items()}
-    labelled_grids(grids, columns=len(grids)).save(file.with_suffix(".png"))
+    labelled_grids(grids, columns=4).save(file.with_suffix(".png"))
     unfinished = file.with_suffix(".tmp")
     unfinished.write_text(json.dumps(record, indent=1) + "\n")
     unfinished.replace(file)

@@ -72,7 +72,7 @@ METHODS = {
         spm,
         {"learning_rate": 1e-3, "steps": 100, "batch_size": 8, "guidance": 1.0, "anchoring_weight": 1.0},
     ),
-    "negative-mse": (negative_mse, {"learning_rate": 1e-5, "steps": 50, "batch_size": 8}),
+    "negative-mse": (negative_mse, {"learning_rate": 1e-4, "steps": 50, "batch_size": 8}),
     "uce": (uce, {"preserve_scale": 1.0, "ridge": 0.1}),
 }
 
