@@ -348,6 +348,9 @@ def test_inference_takes_two_passes_where_one_would_differ_or_cost_more(deltas):
     layer.base_layer.forward = lambda x: forward(x) + 1  # as accelerate's offloading does
     outputs(model, x)
     del layer.base_layer.forward
+    layer.lora_A.bfloat16()
+    layer.lora_B.bfloat16()
+    outputs(model, x)
     outputs(model.bfloat16(), x.bfloat16())
 
 

@@ -142,9 +142,12 @@ class VariationalLayer:
         if x.numel() // channels < base.weight.shape[0]:
             return False
         # Dropout falls on the input of the delta alone.
+        if self.training and any(isinstance(self.lora_dropout[name], nn.Dropout) for name in adapters):
+            return False
         parts = [part[name] for part in (self.lora_A, self.lora_B) for name in adapters]
-        dropping = self.training and any(isinstance(self.lora_dropout[name], nn.Dropout) for name in adapters)
-        return not dropping and all(map(_is_untouched, (base, *parts)))
+        if any(part.weight.dtype != torch.float32 for part in parts):
+            return False
+        return all(map(_is_untouched, (base, *parts)))
 
     def merge(self, *args, **kwargs) -> None:
         """PEFT's merge, of a base that can take it.
