@@ -14,10 +14,9 @@ from pathlib import Path
 import torch
 from accelerate.utils import set_seed
 
-from benchmarks.experiment import RESULTS
 from benchmarks.run import code_version, environment
-from benchmarks.text.dolls import CONCEPTS, FOLDER, Dolls
-from benchmarks.text.run import METHODS, NUM_FORGET, SAMPLE_STEPS, result_file
+from benchmarks.text.dolls import CONCEPTS, Dolls
+from benchmarks.text.run import METHODS, NUM_FORGET, SAMPLE_STEPS, add_arguments, missing_results, result_file
 from benchmarks.text.task import make_task
 from vdu_peft.attack import embedding_attack, shift_embeddings
 from vdu_peft.evaluation import labelled_grids
@@ -114,20 +113,9 @@ def relearned(denoiser: TextDenoiser, images: torch.Tensor, labels: torch.Tensor
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     single = [name for name, forgotten in CONCEPTS.items() if len(forgotten.targets) == 1]
-    parser.add_argument("--concepts", nargs="+", choices=single, default=single)
-    parser.add_argument("--methods", nargs="+", choices=["base", *METHODS], default=["base", *METHODS])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--model_dir", type=Path, default=FOLDER, help="with pipeline/, judge.safetensors, dolls.npz")
-    parser.add_argument("--results_dir", type=Path, default=RESULTS)
-    parser.add_argument("--dry_run", action="store_true", help="list the models to attack and end")
+    add_arguments(parser, single, ["base", *METHODS])
     args = parser.parse_args(argv)
-    missing = [
-        (concept, method, seed)
-        for seed in args.seeds
-        for concept in args.concepts
-        for method in args.methods
-        if not attack_file(concept, method, seed, args.results_dir).is_file()
-    ]
+    missing = missing_results(args, attack_file)
     if args.dry_run:
         print("\n".join(f"{method}-{concept}-{seed}" for concept, method, seed in missing))
         return 0

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -161,23 +162,28 @@ def base_images(dolls: Dolls, concept: str, prompts, seed: int, results: Path) -
     return load_file(file)["images"]
 
 
-def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--concepts", nargs="+", choices=CONCEPTS, default=list(CONCEPTS))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+def add_arguments(parser: argparse.ArgumentParser, concepts: list[str], methods: list[str]) -> None:
+    """What is run, where from and where to."""
+    parser.add_argument("--concepts", nargs="+", choices=concepts, default=concepts)
+    parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--model_dir", type=Path, default=FOLDER, help="with pipeline/, judge.safetensors, dolls.npz")
     parser.add_argument("--results_dir", type=Path, default=RESULTS)
+    parser.add_argument("--dry_run", action="store_true", help="list what is missing and end")
+
+
+def missing_results(args: argparse.Namespace, file: Callable[..., Path]) -> list[tuple[str, str, int]]:
+    """(concept, method, seed) of what has no result ``file`` yet."""
+    items = [(concept, method, seed) for seed, concept, method in product(args.seeds, args.concepts, args.methods)]
+    return [item for item in items if not file(*item, args.results_dir).is_file()]
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, list(CONCEPTS), list(METHODS))
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; the cores are shared out among them")
-    parser.add_argument("--dry_run", action="store_true", help="list the missing runs and end")
     args = parser.parse_args(argv)
-    missing = [
-        (concept, method, seed)
-        for seed in args.seeds
-        for concept in args.concepts
-        for method in args.methods
-        if not result_file(concept, method, seed, args.results_dir).is_file()
-    ]
+    missing = missing_results(args, result_file)
     if args.dry_run:
         print("\n".join(f"{method}-{concept}-{seed}" for concept, method, seed in missing))
         return 0
