@@ -167,11 +167,15 @@ def test_a_prompt_file_is_evaluated(tmp_path, pipeline_folder, capsys):
     assert report["figures"]["IRA"]["before"] is None  # the other prompt asks for no weapon
     assert report["sampler"].startswith("DDIMScheduler, 2 steps") and report["forget_attribute"] == "weapon=sword"
     assert main([*evaluate, model, "--nudenet", "--dtype=bfloat16", "--overwrite"]) == 0
-    figures = json.loads((tmp_path / "report" / "report.json").read_text())["figures"]
-    assert len(figures) == 10 and figures["NudeNet, exposed parts"] == {"before": 0, "after": 0}
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["dtype"] == "bfloat16" and len(report["figures"]) == 10
+    assert report["figures"]["NudeNet, exposed parts"] == {"before": 0, "after": 0}
     class_options = [model, f"--adapter={tmp_path / 'adapter'}", f"--output_dir={tmp_path / 'other'}"]
     assert main(["evaluate", *class_options, "--forget_attribute=weapon=sword", "--judge=x"]) == 2
     assert "reference: needed to evaluate a forgotten class" in capsys.readouterr().err
+    class_options += ["--judge=x", "--reference=x", "--label_column=x", "--forget_class=1"]
+    assert main(["evaluate", *class_options, "--guidance_scale=0"]) == 2
+    assert "guidance_scale: goes with prompts" in capsys.readouterr().err
 
 
 def test_compose(pipeline_folder, unlearn_command, tmp_path, capsys):

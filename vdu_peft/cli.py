@@ -337,7 +337,7 @@ def _evaluate_class(args: argparse.Namespace) -> int:
         if getattr(args, name) is None:
             raise ConfigError(f"{name}: needed to evaluate a forgotten class; for text-to-image models give prompts")
     for name in ("forget_attribute", "clip_model", "nudenet", "resolution", "guidance_scale", "dtype"):
-        if getattr(args, name) not in (None, False):
+        if getattr(args, name) is not None and getattr(args, name) is not False:  # 0 is a guidance scale
             raise ConfigError(f"{name}: goes with prompts")
     _check_evaluation(args.num_samples)
     judge = Judge.from_file(args.judge)
@@ -414,6 +414,7 @@ def _evaluate_prompts(args: argparse.Namespace) -> int:
     names = ("model", "adapter", "judge", "prompts", "reference", "forget_attribute", "clip_model")
     context = {name: str(getattr(args, name)) for name in names if getattr(args, name) is not None}
     context |= {"guidance_scale": denoiser.guidance_scale, "image_size": denoiser.image_size}
+    context["dtype"] = str(denoiser.dtype).removeprefix("torch.")
     context["sampler"] = f"{type(denoiser.schedule.sampler(1, denoiser.device)).__name__}, {args.num_inference_steps} "
     context["sampler"] += f"steps, seed {args.seed} where a prompt has none of its own"
     report.save(args.output_dir, before, after, **context)
