@@ -120,7 +120,8 @@ def samples(denoiser: Denoiser, setting: Setting) -> torch.Tensor:
 
 def base_samples(setting: Setting) -> torch.Tensor:
     """The base model's samples, drawn for the first part and kept for the others."""
-    file = setting.results / "adapters" / f"base-{setting.num_samples}-{setting.num_inference_steps}.safetensors"
+    name = f"base-{setting.num_samples}-{setting.num_inference_steps}-{setting.config.seed}.safetensors"
+    file = setting.results / "adapters" / name
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = file.with_suffix(".tmp")

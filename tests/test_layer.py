@@ -267,8 +267,8 @@ def test_compiled(name):
         torch.manual_seed(0)
         assert torch.equal(compiled(x), expected)
     assert torch.equal(compiled(x), model(x))
-    with torch.no_grad():
-        assert torch.equal(compiled(x), model(x))
+    with torch.no_grad():  # eager takes one pass here, compiled code two
+        torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=0)
 
 
 @pytest.fixture
@@ -337,6 +337,9 @@ def test_inference_takes_two_passes_where_one_would_differ_or_cost_more(deltas):
         model.train()(x)
         with posterior_noise(model.eval()):
             model(x)
+        layer.lora_dropout.train()  # alone, as for a spread of predictions
+        model(x)
+        layer.lora_dropout.eval()
         assert deltas == []
     calls = []
     for module in (layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]):

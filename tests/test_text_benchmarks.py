@@ -75,6 +75,7 @@ def test_every_concept_has_its_anchor():
     assert anchor_prompts(["one two three"], ["one", "two"], ["a", ""]) == ["a three"]
     assert anchor_prompts(["one two three"], ["one", "two"], ["a"]) == ["a a three"]
     assert anchor_prompts(["one two three"], ["one", "two"]) == ["three"]
+    assert anchor_prompts(["one two three"], ["one", "two"], ["two", "one"]) == ["two one three"]
     with pytest.raises(ModelError, match="anchor_concept: 3 for 2 of forget_concept"):
         anchor_prompts(["one two three"], ["one", "two"], ["a", "b", "c"])
     with pytest.raises(ModelError, match="not an empty text"):

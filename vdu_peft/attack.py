@@ -25,8 +25,8 @@ def embedding_attack(
 
     UnlearnDiffAtk's loss, min over δ of E‖ε − ε_θ(x_t, t | c + δ)‖², which asks no model but the victim itself (Zhang
     et al. 2024, "To Generate or Not?", the attack generation). Where the paper looks for tokens to put before a prompt,
-    δ is continuous and moves every token's embedding: no words have to exist for it, so that it finds what they would.
-    One δ serves all prompts. The model is not changed.
+    δ is continuous and moves every token's embedding: no words have to exist for it. One δ serves all prompts, and
+    where it finds nothing another may. The model is not changed.
 
     Args:
         images: (N, C, H, W) in [-1, 1] that show what was forgotten.

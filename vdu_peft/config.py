@@ -21,7 +21,15 @@ ATTENTION_PROJECTIONS = ["to_k", "to_out.0", "to_q", "to_v"]
 JOINT_PROJECTIONS = ["add_k_proj", "add_q_proj", "add_v_proj", "to_add_out"]
 
 # LoRA features that put something else where the posterior sits.
-_INCOMPATIBLE = ("use_dora", "use_bdlora", "use_qalora", "lora_bias", "target_parameters", "trainable_token_indices")
+_INCOMPATIBLE = (
+    "fan_in_fan_out",
+    "use_dora",
+    "use_bdlora",
+    "use_qalora",
+    "lora_bias",
+    "target_parameters",
+    "trainable_token_indices",
+)
 
 
 class ConfigError(ValueError):

@@ -1,8 +1,8 @@
 """Variational LoRA layers: the only file that subclasses PEFT's layers.
 
 A VDU adapter *is* a LoRA: ``lora_B`` holds the posterior mean, so merging, disabling, mixed batches,
-deletion, devices and saving stay PEFT's own. What is added is one parameter, ``lora_log_std``, and a
-noisy forward that :func:`vdu_peft.adapter.posterior_noise` switches on.
+deletion, devices and saving stay PEFT's own. What is added is one parameter, ``lora_log_std``, a noisy
+forward that :func:`vdu_peft.adapter.posterior_noise` switches on, and a quicker one for inference on a CPU.
 """
 
 import math
@@ -15,6 +15,7 @@ from peft.tuners.lora import layer as lora
 from peft.tuners.lora.layer import LoraVariant
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
+from torch.nn.modules import module
 
 from vdu_peft import posterior
 
@@ -85,9 +86,10 @@ def is_quantised(base: nn.Module) -> bool:
     return type(base.weight).__module__.startswith(("torchao.", "bitsandbytes."))
 
 
-def _is_untouched(module: nn.Module) -> bool:
-    """Whether a call of the module is its class's forward and nothing else: no hooks, no offloading."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a call of the module is its plain class's forward and nothing else: no hooks, no offloading."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) in (nn.Linear, nn.Conv2d, nn.Identity, nn.Dropout) and not hooks
 
 
 class VariationalLayer:
@@ -128,26 +130,34 @@ class VariationalLayer:
         """Whether the base layer with W + ΔW gives what PEFT's two passes give, sooner."""
         if torch.is_grad_enabled() or self.posterior_noise or self.disable_adapters or self.merged:
             return False
+        # Compiled code would be guarded by the number of rows, and does better by itself.
+        if torch.compiler.is_compiling() or module._global_forward_hooks or module._global_forward_pre_hooks:
+            return False
         base = self.get_base_layer()
-        # A subclass, or a weight that is no plain parameter (quantised, sharded), may compute something else.
-        if type(base) not in (nn.Linear, nn.Conv2d) or type(base.weight) is not nn.Parameter:
+        # A weight that is no plain parameter (quantised, sharded) may compute something else.
+        if not _is_plain(base) or type(base.weight) is not nn.Parameter:
             return False
         # In half precision, as in a GPU's TF32, the sum rounds the delta away. Of grouped layers PEFT has no deltas.
         if x.device.type != "cpu" or not x.dtype == base.weight.dtype == torch.float32:
             return False
         if torch.is_autocast_enabled("cpu") or getattr(base, "groups", 1) > 1:
             return False
-        # ΔW costs more than the delta's outputs where there are few of them.
-        channels = x.shape[-1] if type(base) is nn.Linear else x.shape[1]
-        if x.numel() // channels < base.weight.shape[0]:
+        # ΔW costs more than the delta's outputs where there are few of them, of a larger kernel several times as much.
+        if type(base) is nn.Linear:
+            rows, least = x.numel() // x.shape[-1], base.weight.shape[0]
+        else:
+            rows = x.numel() // x.shape[-3] // math.prod(base.stride)
+            least = base.weight.shape[0] * (8 if math.prod(base.kernel_size) > 1 else 1)
+        if rows < least:
             return False
         # Dropout falls on the input of the delta alone.
-        if self.training and any(isinstance(self.lora_dropout[name], nn.Dropout) for name in adapters):
+        dropouts = [self.lora_dropout[name] for name in adapters]
+        if any(dropout.training and not isinstance(dropout, nn.Identity) for dropout in dropouts):
             return False
         parts = [part[name] for part in (self.lora_A, self.lora_B) for name in adapters]
         if any(part.weight.dtype != torch.float32 for part in parts):
             return False
-        return all(map(_is_untouched, (base, *parts)))
+        return all(map(_is_plain, (*dropouts, *parts)))
 
     def merge(self, *args, **kwargs) -> None:
         """PEFT's merge, of a base that can take it.

@@ -57,8 +57,11 @@ def anchor_prompts(prompts: Sequence[str], concepts: Sequence[str], anchors: Seq
     results = []
     for prompt in prompts:
         result = prompt
-        for concept, anchor in zip(concepts, instead, strict=True):
-            result = result.replace(concept, anchor)
+        # Through marks: an anchor may hold the words of a concept that is yet to come.
+        for i, concept in enumerate(concepts):
+            result = result.replace(concept, f"\0{i}\0")
+        for i, anchor in enumerate(instead):
+            result = result.replace(f"\0{i}\0", anchor)
         if result == prompt:
             raise ModelError(f"forget_concept: none of it is in the caption {prompt!r}; take that image out")
         results.append(" ".join(result.split()))

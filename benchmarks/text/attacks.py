@@ -119,6 +119,9 @@ def main(argv=None) -> int:
     if args.dry_run:
         print("\n".join(f"{method}-{concept}-{seed}" for concept, method, seed in missing))
         return 0
+    if not (args.model_dir / "pipeline").is_dir():
+        print(f"{args.model_dir}: no pipeline there; train it first", file=sys.stderr)
+        return 2
     for concept, method, seed in missing:
         model = result_file(concept, method, seed, args.results_dir).with_suffix("") / "pipeline"
         if method != "base" and not model.is_dir():

@@ -125,7 +125,8 @@ def run(concept: str, method: str, seed: int, results: Path, folder: Path, threa
     file = result_file(concept, method, seed, results)
     file.parent.mkdir(parents=True, exist_ok=True)
     report.save(file.with_suffix(""), before[rows], after[rows], method=method)
-    task.denoiser.save_pretrained(file.with_suffix("") / "pipeline")  # for benchmarks.text.attacks
+    if status != "not finite":  # its network may still be half wrapped
+        task.denoiser.save_pretrained(file.with_suffix("") / "pipeline")  # for benchmarks.text.attacks
     unfinished = file.with_suffix(".tmp")
     unfinished.write_text(json.dumps(record, indent=1) + "\n")
     unfinished.replace(file)
