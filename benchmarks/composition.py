@@ -9,7 +9,6 @@ images. A result that is there is not made again.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -17,11 +16,11 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from benchmarks.experiment import RESULTS
 from benchmarks.judges import lenet
+from benchmarks.results import kept_images, write_result
 from benchmarks.run import code_version, environment
 from vdu_peft.adapter import load_adapter, save_adapter
 from vdu_peft.compose import compose
@@ -121,13 +120,7 @@ def samples(denoiser: Denoiser, setting: Setting) -> torch.Tensor:
 def base_samples(setting: Setting) -> torch.Tensor:
     """The base model's samples, drawn for the first part and kept for the others."""
     name = f"base-{setting.num_samples}-{setting.num_inference_steps}-{setting.config.seed}.safetensors"
-    file = setting.results / "adapters" / name
-    if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(".tmp")
-        save_file({"images": samples(base_denoiser(), setting)}, unfinished)
-        unfinished.replace(file)
-    return load_file(file)["images"]
+    return kept_images(setting.results / "adapters" / name, lambda: samples(base_denoiser(), setting))
 
 
 def measure(part: Part, setting: Setting) -> None:
@@ -158,9 +151,7 @@ def measure(part: Part, setting: Setting) -> None:
         "environment": environment(setting.commit),
     }
     file = setting.results / f"{part.name}.json"
-    unfinished = file.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(record, indent=1) + "\n")
-    unfinished.replace(file)
+    write_result(file, record)
 
 
 def missing(sets: Sequence[tuple[int, ...]], setting: Setting) -> tuple[list[Part], list[Part]]:

@@ -11,7 +11,6 @@ than one job after the other; times of a run are then those of a single thread.
 
 import argparse
 import hashlib
-import json
 import multiprocessing
 import os
 import platform
@@ -26,13 +25,13 @@ from pathlib import Path
 import torch
 from accelerate.utils import set_seed
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from benchmarks.experiment import EXPERIMENTS, RESULTS, ExperimentError, Run, read_experiment
 from benchmarks.judges import lenet
 from benchmarks.methods import METHODS
 from benchmarks.relearning import relearn
+from benchmarks.results import kept_images, write_result
 from benchmarks.task import Task
 from vdu_peft.demo import SAMPLE_STEPS, assets, base_denoiser, demo_images, demo_judge, demo_samples, peak_memory_mib
 from vdu_peft.evaluation import evaluate, held_out_loss_gap, labelled_grids
@@ -45,7 +44,7 @@ def run(item: Run, results: Path, threads: int, commit: str) -> None:
     experiment = item.experiment
     denoiser = base_denoiser()
     images = demo_images(item.forget_class, denoiser)
-    before = load_file(before_file(item, results))["images"]
+    before = before_images(item, results)
     task = Task(
         denoiser,
         images.forget[: experiment.num_forget_images],
@@ -80,10 +79,7 @@ def run(item: Run, results: Path, threads: int, commit: str) -> None:
     file = item.result_file(results)
     file.parent.mkdir(parents=True, exist_ok=True)
     labelled_grids({"before": before[:50], item.name: after[:50]}).save(file.with_suffix(".png"))
-    # Whole or not at all: a result that is there counts as run.
-    unfinished = file.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(record, indent=1) + "\n")
-    unfinished.replace(file)
+    write_result(file, record)
 
 
 def lenet_verdict(before: torch.Tensor, after: torch.Tensor, forget_class: int) -> dict:
@@ -99,21 +95,14 @@ def lenet_verdict(before: torch.Tensor, after: torch.Tensor, forget_class: int) 
     }
 
 
-def before_file(item: Run, results: Path) -> Path:
+def before_images(item: Run, results: Path) -> torch.Tensor:
     """The base model's samples, drawn once for all runs of the same number and seed."""
     weights = (assets() / "ddpm" / "unet" / SAFETENSORS_WEIGHTS_NAME).read_bytes()
     model = hashlib.sha256(weights).hexdigest()[:8]  # another base model has other samples
-    return results / f"before-{model}-{item.experiment.num_samples}-{item.seed}.safetensors"
-
-
-def draw_before(item: Run, results: Path) -> None:
-    file = before_file(item, results)
-    if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        images = demo_samples(base_denoiser(), item.experiment.num_samples, item.seed, "base samples")
-        unfinished = file.with_suffix(".tmp")
-        save_file({"images": images}, unfinished)
-        unfinished.replace(file)
+    file = results / f"before-{model}-{item.experiment.num_samples}-{item.seed}.safetensors"
+    return kept_images(
+        file, lambda: demo_samples(base_denoiser(), item.experiment.num_samples, item.seed, "base samples")
+    )
 
 
 def code_version() -> str:
@@ -180,7 +169,7 @@ def main(argv=None) -> int:
         print("\n".join(f"{item.experiment.name}/{item.name}" for item in missing))
         return 0
     for item in missing:
-        draw_before(item, args.results_dir)
+        before_images(item, args.results_dir)  # here, or every process would draw its own
     failed = run_all(missing, args.results_dir, args.jobs)
     for item in failed:
         print(f"{item.experiment.name}/{item.name} failed", file=sys.stderr)

@@ -14,6 +14,7 @@ from statistics import mean, median
 from benchmarks.adapter_cost import NAME as ADAPTER_COST
 from benchmarks.composition import NAME as COMPOSITION
 from benchmarks.experiment import EXPERIMENTS, RESULTS, Entry, Experiment, ExperimentError, read_experiment
+from benchmarks.results import provenance
 from benchmarks.text.attacks import NAME as ATTACKS
 from benchmarks.text.run import NAME as TEXT
 from benchmarks.text.tables import attack_section, text_section
@@ -170,7 +171,6 @@ def relearning_tables(experiment: Experiment, found: dict[Entry, list[dict]]) ->
 
 def section(experiment: Experiment, records: list[dict], folder: Path) -> list[str]:
     """One experiment: how it was run, its table, and its frontier when it compares methods."""
-    environments = sorted({(r["environment"]["commit"], r["environment"]["machine"]) for r in records})
     threads = sorted({r["environment"]["threads"] for r in records})
     versions = records[-1]["environment"]["versions"]
     lines = [
@@ -179,8 +179,7 @@ def section(experiment: Experiment, records: list[dict], folder: Path) -> list[s
         f"`python -m benchmarks.run {experiment.name}`: {len(records)} of {len(experiment.runs)} runs; seeds "
         f"{', '.join(map(str, experiment.seeds))}; {experiment.num_forget_images} forget images, at most "
         f"{experiment.max_train_steps} steps of batch {experiment.train_batch_size} + {experiment.train_batch_size}; "
-        f"{experiment.num_samples} samples, {records[0]['sampler'].rsplit(',', 1)[0]}; commit "
-        f"{', '.join(commit for commit, _ in environments)}; {environments[0][1]}, "
+        f"{experiment.num_samples} samples, {records[0]['sampler'].rsplit(',', 1)[0]}; {provenance(records)}, "
         f"{', '.join(map(str, threads))} thread(s) a run; torch {versions['torch']}, "
         f"diffusers {versions['diffusers']}.",
         "",
@@ -226,15 +225,14 @@ def adapter_cost_section(record: dict) -> list[str]:
 
 def composition_section(records: list[dict]) -> list[str]:
     """Several digits at once: one row per way and set of digits."""
-    environments = sorted({(r["environment"]["commit"], r["environment"]["machine"]) for r in records})
     first = records[0]
     singles = {r["part"]["digits"][0]: r["u_fid_after"] for r in records if r["part"]["way"] == "single"}
     lines = [
         "## Several digits at once",
         "",
         f"`python -m benchmarks.composition`: the defaults of one digit for every adapter, seed "
-        f"{first['config']['seed']}; {first['num_samples']} samples, {first['sampler']}; commit "
-        f"{', '.join(commit for commit, _ in environments)}; {environments[0][1]}. PUL by the demo's judge and by "
+        f"{first['config']['seed']}; {first['num_samples']} samples, {first['sampler']}; "
+        f"{provenance(records)}. PUL by the demo's judge and by "
         "LeNet-5, of each digit in turn; u-FID against real images of the digits that are left; the ratio is over the "
         "best of the single digits' own u-FIDs.",
         "",

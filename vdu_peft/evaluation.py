@@ -177,9 +177,14 @@ def held_out_loss_gap(
     return loss_gap(losses, labels, forget_class)
 
 
+def to_pixels(images: torch.Tensor) -> torch.Tensor:
+    """Images in [-1, 1] as uint8, of the same shape."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte()
+
+
 def image_grid(images: torch.Tensor, columns: int = 10, scale: int = 1) -> Image.Image:
     """Images (N, C, H, W) in [-1, 1] side by side, each pixel ``scale`` pixels wide."""
-    array = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(1, -1).numpy()
+    array = to_pixels(images).movedim(1, -1).numpy()
     count, height, width, channels = array.shape
     rows = -(-count // columns)
     canvas = np.full((rows * columns, height, width, channels), 255, dtype=np.uint8)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from vdu_peft.denoiser import ModelError
-from vdu_peft.evaluation import labelled_grids
+from vdu_peft.evaluation import labelled_grids, to_pixels
 from vdu_peft.judge import AttributeJudge
 from vdu_peft.metrics import frechet_distance
 from vdu_peft.text_denoiser import TextDenoiser
@@ -306,7 +306,7 @@ def clip_scores(images: torch.Tensor, prompts: Sequence[EvaluationPrompt], clip:
     model, processor = clip
     scores = []
     for rows in torch.arange(len(images)).split(32):
-        pixels = ((images[rows] + 1) * 127.5).round().clamp(0, 255).byte()
+        pixels = to_pixels(images[rows])
         texts = [prompts[i].text for i in rows]
         inputs = processor(text=texts, images=list(pixels), return_tensors="pt", padding=True, truncation=True)
         output = model(**inputs)
@@ -318,7 +318,7 @@ def exposed_parts(images: torch.Tensor, nudenet) -> dict[str, int]:
     """NudeNet's detections of exposed parts in images (N, 3, H, W) in [-1, 1]: in all, and of each part."""
     counts = dict.fromkeys(NUDENET_PARTS, 0)
     for image in images:
-        pixels = ((image + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+        pixels = to_pixels(image).movedim(0, -1).numpy()
         # Blue, green, red: what NudeNet reads of a file.
         for found in nudenet.detect(np.ascontiguousarray(pixels[:, :, ::-1])):
             if found["class"] in counts and found["score"] >= NUDENET_THRESHOLD:

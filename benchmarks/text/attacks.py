@@ -7,16 +7,24 @@ result; models that have one are not attacked again.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
 
+from benchmarks.results import write_result
 from benchmarks.run import code_version, environment
 from benchmarks.text.dolls import CONCEPTS, Dolls
-from benchmarks.text.run import METHODS, NUM_FORGET, SAMPLE_STEPS, add_arguments, missing_results, result_file
+from benchmarks.text.run import (
+    METHODS,
+    NUM_FORGET,
+    SAMPLE_STEPS,
+    add_arguments,
+    ends_here,
+    missing_results,
+    result_file,
+)
 from benchmarks.text.task import make_task
 from vdu_peft.attack import embedding_attack, shift_embeddings
 from vdu_peft.evaluation import labelled_grids
@@ -71,9 +79,7 @@ def attack(concept: str, method: str, seed: int, results: Path, folder: Path, co
     file.parent.mkdir(parents=True, exist_ok=True)
     grids = {name: drawn[:20] for name, drawn in images.items()}
     labelled_grids(grids, columns=4).save(file.with_suffix(".png"))
-    unfinished = file.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(record, indent=1) + "\n")
-    unfinished.replace(file)
+    write_result(file, record)
 
 
 def attack_file(concept: str, method: str, seed: int, results: Path) -> Path:
@@ -116,12 +122,8 @@ def main(argv=None) -> int:
     add_arguments(parser, single, ["base", *METHODS])
     args = parser.parse_args(argv)
     missing = missing_results(args, attack_file)
-    if args.dry_run:
-        print("\n".join(f"{method}-{concept}-{seed}" for concept, method, seed in missing))
-        return 0
-    if not (args.model_dir / "pipeline").is_dir():
-        print(f"{args.model_dir}: no pipeline there; train it first", file=sys.stderr)
-        return 2
+    if (code := ends_here(args, missing)) is not None:
+        return code
     for concept, method, seed in missing:
         model = result_file(concept, method, seed, args.results_dir).with_suffix("") / "pipeline"
         if method != "base" and not model.is_dir():

@@ -8,8 +8,6 @@ Every run writes one result; those that have one are not run again.
 
 import argparse
 import hashlib
-import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -21,9 +19,9 @@ from pathlib import Path
 import torch
 from accelerate.utils import set_seed
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load_file, save_file
 
 from benchmarks.experiment import RESULTS
+from benchmarks.results import kept_images, write_result
 from benchmarks.run import code_version, environment
 from benchmarks.text.dolls import CONCEPTS, FOLDER, Dolls
 from benchmarks.text.esd import esd
@@ -101,9 +99,10 @@ def run(concept: str, method: str, seed: int, results: Path, folder: Path, threa
         rows = [i for i, prompt in enumerate(prompts) if target.is_asked_by(prompt) or i >= count]
         report = evaluate_prompts(before[rows], after[rows], [prompts[i] for i in rows], target, dolls.judge, reference)
         real = real_images(dolls, lambda attributes, t=target, i=instead: attributes[t.attribute] == i)
+        real_features, _ = dolls.judge.judge(real)
         asked = [i for i in rows if i < count]
         report.figures["FID to real images of the anchor"] = tuple(
-            frechet_distance(dolls.judge.judge(images[asked])[0], dolls.judge.judge(real)[0])
+            frechet_distance(dolls.judge.judge(images[asked])[0], real_features)
             for images in (anchored, after)  # before: the base model, asked for the anchor
         )
         figures[f"{target.attribute}={','.join(target.values)}"] = report.figures
@@ -123,13 +122,10 @@ def run(concept: str, method: str, seed: int, results: Path, folder: Path, threa
         "environment": environment(commit),
     }
     file = result_file(concept, method, seed, results)
-    file.parent.mkdir(parents=True, exist_ok=True)
     report.save(file.with_suffix(""), before[rows], after[rows], method=method)
     if status != "not finite":  # its network may still be half wrapped
         task.denoiser.save_pretrained(file.with_suffix("") / "pipeline")  # for benchmarks.text.attacks
-    unfinished = file.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(record, indent=1) + "\n")
-    unfinished.replace(file)
+    write_result(file, record)
 
 
 def result_file(concept: str, method: str, seed: int, results: Path) -> Path:
@@ -154,13 +150,7 @@ def base_images(dolls: Dolls, concept: str, prompts, seed: int, results: Path) -
     weights = (dolls.folder / "pipeline" / "unet" / SAFETENSORS_WEIGHTS_NAME).read_bytes()
     key = hashlib.sha256(weights + repr([prompt.text for prompt in prompts]).encode()).hexdigest()[:8]
     file = results / f"{NAME}-before-{concept}-{key}-{seed}.safetensors"
-    if not file.is_file():
-        images = images_of(dolls.denoiser([]), prompts, seed)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(f".{os.getpid()}.tmp")  # another run may be drawing the same
-        save_file({"images": images}, unfinished)
-        unfinished.replace(file)
-    return load_file(file)["images"]
+    return kept_images(file, lambda: images_of(dolls.denoiser([]), prompts, seed))
 
 
 def add_arguments(parser: argparse.ArgumentParser, concepts: list[str], methods: list[str]) -> None:
@@ -179,18 +169,25 @@ def missing_results(args: argparse.Namespace, file: Callable[..., Path]) -> list
     return [item for item in items if not file(*item, args.results_dir).is_file()]
 
 
-def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, list(CONCEPTS), list(METHODS))
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; the cores are shared out among them")
-    args = parser.parse_args(argv)
-    missing = missing_results(args, result_file)
+def ends_here(args: argparse.Namespace, missing: list[tuple[str, str, int]]) -> int | None:
+    """The exit code of a dry run, which lists what is missing, or of a base model that is not there; else None."""
     if args.dry_run:
         print("\n".join(f"{method}-{concept}-{seed}" for concept, method, seed in missing))
         return 0
     if not (args.model_dir / "pipeline").is_dir():
         print(f"{args.model_dir}: no pipeline there; train it first", file=sys.stderr)
         return 2
+    return None
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, list(CONCEPTS), list(METHODS))
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; the cores are shared out among them")
+    args = parser.parse_args(argv)
+    missing = missing_results(args, result_file)
+    if (code := ends_here(args, missing)) is not None:
+        return code
     shared = (args.results_dir, args.model_dir, max(1, torch.get_num_threads() // args.jobs), code_version())
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         for future in [pool.submit(run, *item, *shared) for item in missing]:

@@ -1,5 +1,7 @@
 """The text-to-image benchmark's table."""
 
+from benchmarks.results import provenance
+
 # Columns of the text-to-image table, and how their figures are shown.
 TEXT_COLUMNS = {
     "UA": "{:.1%}",
@@ -14,7 +16,6 @@ TEXT_COLUMNS = {
 
 def text_section(records: list[dict]) -> list[str]:
     """Concepts of the text-to-image model: the base, then one row per method, for every target."""
-    environments = sorted({(r["environment"]["commit"], r["environment"]["machine"]) for r in records})
     first = records[0]
     lines = [
         "## Concepts of a small text-to-image model",
@@ -23,7 +24,7 @@ def text_section(records: list[dict]) -> list[str]:
         f"{first['num_retained_prompts']} prompts to retain and no images of them; {first['num_target_images']} images "
         f"of held-out captions that ask for each target, several of a caption where there are fewer captions, and "
         f"{first['num_other_images']} of others; {first['sampler'].rsplit(',', 1)[0]}; "
-        f"commit {', '.join(commit for commit, _ in environments)}; {environments[0][1]}. The model, its judge and its "
+        f"{provenance(records)}. The model, its judge and its "
         "data are in [models/dolls](models/dolls/README.md). UA: target prompts whose image does not show the target; "
         "IRA, CRA: what other prompts ask of the target's attribute, and of the others, that their images show; FID on "
         "the judge's features against real images without the target, and of target prompts' images against real ones "
@@ -52,17 +53,16 @@ def text_section(records: list[dict]) -> list[str]:
 
 def attack_section(records: list[dict]) -> list[str]:
     """Attacks on the unlearned models: how often the target is still shown, one row per model."""
-    environments = sorted({(r["environment"]["commit"], r["environment"]["machine"]) for r in records})
     first = records[0]
     lines = [
         "## Attacks on the text-to-image model",
         "",
         f"`python -m benchmarks.text.attacks`: share of {first['num_images']} images each in which the judge sees the "
-        f"target; {first['sampler'].rsplit(',', 1)[0]}; commit {', '.join(commit for commit, _ in environments)}; "
-        f"{environments[0][1]}. Paraphrases are in forms that no caption has. The embedding attack moves the embedding "
-        f"of every prompt by one shift, learned in {first['embedding_attack']['steps']} steps on the model's own "
-        f"denoising of {first['embedding_attack']['images']} images of the target. Relearning trains the whole network "
-        f"on {first['relearning']['images']} of them.",
+        f"target; {first['sampler'].rsplit(',', 1)[0]}; "
+        f"{provenance(records)}. Paraphrases are in forms that no caption has. The embedding attack moves the "
+        f"embedding of every prompt by one shift, learned in {first['embedding_attack']['steps']} steps on the model's "
+        f"own denoising of {first['embedding_attack']['images']} images of the target. Relearning trains the whole "
+        f"network on {first['relearning']['images']} of them.",
         "",
         "| target | method | seed | " + " | ".join(first["shown"]) + " |",
         "|---" * (len(first["shown"]) + 3) + "|",
