@@ -93,6 +93,21 @@ def test_from_pretrained_reads_pipeline_and_bare_unet_alike(pipeline_folder):
     assert torch.equal(as_denoiser(stock).noise_pred(x_t, t), stock.unet(x_t, t).sample)
 
 
+def test_a_scheduler_beside_a_bare_unet_is_read(tmp_path, unet):
+    unet.save_pretrained(tmp_path)
+    DDPMScheduler(prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2").save_pretrained(tmp_path)
+    denoiser = Denoiser.from_pretrained(tmp_path)
+    assert denoiser.prediction_type == "v_prediction"
+    assert denoiser.scheduler.config.beta_schedule == "squaredcos_cap_v2"
+
+
+def test_seeds_have_a_range(unet):
+    denoiser = Denoiser(unet, DDPMScheduler())
+    for seed in (-1, 20240101123456, [2**64]):
+        with pytest.raises(ModelError, match="seed: must lie in 0 to"):
+            denoiser.sample(1, seed=seed, num_inference_steps=1)
+
+
 def test_a_flow_is_read_back_as_a_flow(tmp_path):
     denoiser = Denoiser(tiny_unet(), FlowMatchEulerDiscreteScheduler(shift=2.0))
     denoiser.save_pretrained(tmp_path / "flow")

@@ -13,7 +13,6 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
     SchedulerMixin,
     SD3Transformer2DModel,
@@ -24,7 +23,7 @@ from safetensors import safe_open
 from torch import nn
 from tqdm.auto import tqdm
 
-from vdu_peft.schedule import ModelError, NoiseSchedule
+from vdu_peft.schedule import ModelError, NoiseSchedule, plain_scheduler
 
 
 class Denoiser:
@@ -204,8 +203,8 @@ class Denoiser:
             float32 (num_images, C, H, W) on the CPU, in [-1, 1].
 
         Raises:
-            ModelError: more steps than the schedule has, guidance for a model without a null label, or not one seed
-                for each image.
+            ModelError: more steps than the schedule has, guidance for a model without a null label, a seed that is
+                out of range, or not one for each image.
         """
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
         if guidance_scale > 1 and (self.null_label is None or class_labels is None):
@@ -215,6 +214,8 @@ class Denoiser:
         seeds = seed if isinstance(seed, Sequence) else [int(seed) * 1_000_003 + i for i in range(num_images)]
         if len(seeds) != num_images:
             raise ModelError(f"seed: {len(seeds)} of them for {num_images} images")
+        if not all(0 <= s < 2**64 for s in seeds):  # torch's range
+            raise ModelError(f"seed: must lie in 0 to {2**64 // 1_000_003 - num_images}, not {seed}")
         noise = torch.stack([torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
         labels = None if class_labels is None else in_turn(class_labels, num_images)
         batch_size = batch_size or self.batch_size
@@ -307,7 +308,7 @@ def as_denoiser(model: Denoiser | DiffusionPipeline | str | Path) -> Denoiser:
 def _check_folder(folder: Path) -> tuple[Path, Path | None]:
     """(unet folder, scheduler folder or None) of a local model, checked before anything heavy."""
     unet_folder, scheduler_folder = (
-        (folder / "unet", folder / "scheduler") if (folder / "unet").is_dir() else (folder, None)
+        (folder / "unet", folder / "scheduler") if (folder / "unet").is_dir() else (folder, folder)
     )
     if not (unet_folder / "config.json").is_file():
         raise ModelError(f"{folder}: no config.json; expected a diffusers pipeline or UNet2DModel folder")
@@ -327,22 +328,16 @@ def _check_folder(folder: Path) -> tuple[Path, Path | None]:
             else "no weights"
         )
         raise ModelError(f"{unet_folder}: no .safetensors file there, {found}")
-    if scheduler_folder and not (scheduler_folder / "scheduler_config.json").is_file():
-        scheduler_folder = None
-    return unet_folder, scheduler_folder
+    has_scheduler = (scheduler_folder / "scheduler_config.json").is_file()
+    return unet_folder, scheduler_folder if has_scheduler else None
 
 
 def _stored_scheduler(folder: Path) -> SchedulerMixin:
-    """A flow's scheduler, or one with betas: read as DDPM's, whatever sampler it is of."""
     config = DDPMScheduler.load_config(str(folder))
-    if config.get("_class_name") == FlowMatchEulerDiscreteScheduler.__name__:
-        return FlowMatchEulerDiscreteScheduler.from_config(config)
-    if "beta_schedule" not in config:
-        raise ModelError(
-            f"{folder}: a {config.get('_class_name')}; only noise schedules with betas, and "
-            "FlowMatchEulerDiscreteScheduler, are supported"
-        )
-    return DDPMScheduler.from_config(config)
+    try:
+        return plain_scheduler(config.get("_class_name"), config)
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from error
 
 
 def stored_dtype(unet_folder: Path) -> torch.dtype:

@@ -3,6 +3,8 @@
 Everything is one linear family: x_t = α_t x_0 + σ_t ε, and a network predicts a ε + b x_0.
 """
 
+from collections.abc import Mapping
+
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
@@ -15,6 +17,25 @@ MIN_ALPHA = 2**-12
 
 class ModelError(ValueError):
     """A model that cannot be loaded or used; the message names it and the mend."""
+
+
+def plain_scheduler(kind: str, config: Mapping, **changes) -> SchedulerMixin:
+    """A flow's scheduler, or one with betas: as DDPM's, whatever sampler it is of.
+
+    Made anew: a scheduler that has sampled holds its sampler's timesteps.
+
+    Args:
+        kind: the class's name.
+        changes: of the config, where there are betas.
+
+    Raises:
+        ModelError: a noise schedule of another kind.
+    """
+    if kind == FlowMatchEulerDiscreteScheduler.__name__:
+        return FlowMatchEulerDiscreteScheduler.from_config(config)
+    if "beta_schedule" not in config:
+        raise ModelError(f"{kind}: only noise schedules with betas, and FlowMatchEulerDiscreteScheduler, are supported")
+    return DDPMScheduler.from_config(config, **changes)
 
 
 class NoiseSchedule:
@@ -45,22 +66,18 @@ class NoiseSchedule:
     ):
         self.image_tokens = image_tokens
         self.even_sigmas = even_sigmas
-        if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-            # Anew from the config: a scheduler that has sampled holds the sampler's sigmas.
-            self.scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+        flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+        kind = FlowMatchEulerDiscreteScheduler.__name__ if flow else type(scheduler).__name__
+        # Given to the constructor, or samplers made of the config would take it for a default and use their own.
+        self.scheduler = plain_scheduler(kind, scheduler.config, **({"clip_sample": False} if latent else {}))
+        if flow:
             if self.scheduler.config.use_dynamic_shifting and image_tokens is None:
                 raise ModelError("use_dynamic_shifting: this model's scheduler shifts by its number of image tokens")
             self.prediction_type = "flow"
             self.sigmas = self.scheduler.sigmas.flip(0)
             alphas = 1 - self.sigmas
             self.network_timesteps = self.sigmas * self.num_train_timesteps
-        elif "beta_schedule" not in scheduler.config:
-            raise ModelError(
-                f"{type(scheduler).__name__}: only noise schedules with betas, and FlowMatchEulerDiscreteScheduler, "
-                "are supported"
-            )
         else:
-            self.scheduler = DDPMScheduler.from_config(scheduler.config, **({"clip_sample": False} if latent else {}))
             self.prediction_type = self.scheduler.config.prediction_type
             if self.prediction_type not in PREDICTION_TYPES:
                 raise ModelError(f"prediction_type {self.prediction_type!r}; known are {', '.join(PREDICTION_TYPES)}")
