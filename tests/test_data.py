@@ -53,6 +53,11 @@ def test_hub_dataset_through_a_local_parquet_folder(tmp_path, monkeypatch):
     images, _, captions = source._from_hub()
     assert [np.asarray(image)[0, 0] for image in images] == [100, 200] and captions is None
     assert replace(source, caption_column="says")._from_hub()[2] == ["b", "c"]
+    dataset.map(lambda row: {"says": None if row["says"] == "b" else row["says"]}).to_parquet(
+        tmp_path / "owner" / "set" / "train.parquet"
+    )
+    with pytest.raises(DataError, match="caption_column 'says' is empty in row 0"):
+        replace(source, caption_column="says")._from_hub()
     with pytest.raises(DataError, match="no caption_column 'text'; columns are img, digit, says"):
         replace(source, caption_column="text")._from_hub()
     with pytest.raises(DataError, match="no image column 'nope'"):
@@ -84,6 +89,7 @@ def test_captions_come_in_the_order_of_their_images(tmp_path, kind):
         (None, "no metadata.csv or metadata.jsonl there"),
         ("file_name,text\na.png,a dog\n", "do not match; the other one is missing for b.png"),
         ("file_name,text\na.png,a dog\nb.png,\n", "do not match; the other one is missing for b.png"),
+        ("file_name,text\na.png,a dog\nb.png\n", "do not match; the other one is missing for b.png"),
         ("file_name,text\na.png,x\nb.png,x\nc.png,x\n", "do not match; the other one is missing for c.png"),
         ("file_name,caption\na.png,x\nb.png,x\n", "not rows of file_name and text"),
     ],
@@ -145,6 +151,7 @@ def bad_sources(tmp_path):
     cut = tmp_path / "cut"
     write_images(cut, ["cut.jpg"], size=(64, 64))
     (cut / "cut.jpg").write_bytes((cut / "cut.jpg").read_bytes()[:300])
+    np.savez(tmp_path / "nchw.npz", images=np.zeros((2, 3, 8, 8), dtype=np.uint8))
     np.savez(tmp_path / "nan.npz", images=np.full((2, 8, 8, 1), np.nan, dtype=np.float32))
     (tmp_path / "broken.npz").write_bytes(b"PK nonsense")
     return {
@@ -154,15 +161,43 @@ def bad_sources(tmp_path):
         "tiny": "1x1 image is too small",
         "cut": "cut.jpg: not a readable image",
         "nan.npz": "holds NaN",
+        "nchw.npz": r"expected images \[H, W\] or \[H, W, C\], found shape \[3, 8, 8\]",
         "broken.npz": "not a readable .npz",
     }
 
 
-@pytest.mark.parametrize("name", ["empty", "missing", "text", "tiny", "cut", "nan.npz", "broken.npz"])
+@pytest.mark.parametrize("name", ["empty", "missing", "text", "tiny", "cut", "nan.npz", "nchw.npz", "broken.npz"])
 def test_bad_input_is_named(tmp_path, name):
     message = bad_sources(tmp_path)[name]
     with pytest.raises(DataError, match=message):
         ImageSource(str(tmp_path / name)).load((8, 8), 1)
+
+
+def test_an_image_beyond_pillow_s_limit_is_named(tmp_path, monkeypatch):
+    write_images(tmp_path, ["huge.png"], size=(64, 64))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(DataError, match="huge.png: not a readable image"):
+        ImageSource(str(tmp_path)).load((8, 8), 3)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bits_are_scaled_to_eight(tmp_path, channels):
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    images = ImageSource(str(tmp_path)).load((8, 8), channels)
+    expected = torch.from_numpy(ramp.astype(np.float32)) / 65535 * 2 - 1
+    assert (images[0] - expected).abs().max() < 1 / 127  # a grey level of 255
+
+
+def test_files_are_opened_one_by_one_and_only_those_meant(tmp_path):
+    write_images(tmp_path, ["a.png", "b.png", "c.png"])
+    (tmp_path / "b.png").write_text("not an image")
+    (tmp_path / "metadata.csv").write_text('file_name,text\na.png,"a red\nrobe"\nb.png,x\nc.png,y\n')
+    source = ImageSource(str(tmp_path), caption_column="text")
+    assert source.captions() == ["a red robe", "x", "y"]
+    assert len(replace(source, max_images=2).load((8, 8), 3)) == 2
+    with pytest.raises(DataError, match="b.png: not a readable image"):
+        source.load((8, 8), 3)
 
 
 def test_check_images_refuses_wrong_shape_and_range(forget):

@@ -1,6 +1,7 @@
 """Image sources: a folder, an ``.npz`` or a hub dataset, as one float tensor in [-1, 1]."""
 
 import csv
+import io
 import json
 import zipfile
 from collections.abc import Sequence
@@ -83,10 +84,12 @@ class ImageSource:
 
     def _load(self, image_size: tuple[int, int], channels: int) -> tuple[torch.Tensor, np.ndarray | None]:
         images, labels, _ = self._read()
-        return torch.stack([to_tensor(image, image_size, channels, name=self.path) for image in images]), labels
+        # A file at a time: photos are many times the size that the model takes.
+        opened = (_open(image) if isinstance(image, Path) else image for image in images)
+        return torch.stack([to_tensor(image, image_size, channels, name=self.path) for image in opened]), labels
 
     def _read(self) -> tuple[Sequence, np.ndarray | None, list[str] | None]:
-        """Images as they come, labels and captions, where the source has them."""
+        """Images as they come (files not yet opened), labels and captions, where the source has them."""
         captions = None
         if self.max_images is not None and self.max_images < 1:
             raise DataError(f"max_images must be at least 1, not {self.max_images}")
@@ -111,12 +114,12 @@ class ImageSource:
             captions = None if captions is None else [captions[i] for i in keep]
         return images, labels, captions
 
-    def _from_folder(self, folder: Path) -> tuple[Sequence[Image.Image], list[str] | None]:
+    def _from_folder(self, folder: Path) -> tuple[list[Path], list[str] | None]:
         if self.labels:
             raise DataError(f"{folder}: a folder has no labels to choose from; give the folder of one class")
         files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
         captions = None if self.caption_column is None else _read_captions(folder, files, self.caption_column)
-        return [_open(file) for file in files], captions
+        return files, captions
 
     def _from_npz(self, file: Path) -> tuple[np.ndarray, np.ndarray | None, list[str] | None]:
         if not file.is_file():
@@ -201,7 +204,12 @@ class ImageSource:
         return dataset[column], labels, self._hub_captions(dataset)
 
     def _hub_captions(self, dataset) -> list[str] | None:
-        return None if self.caption_column is None else [str(caption) for caption in dataset[self.caption_column]]
+        if self.caption_column is None:
+            return None
+        captions = [_one_line(caption) for caption in dataset[self.caption_column]]
+        if "" in captions:
+            raise DataError(f"{self.path}: caption_column {self.caption_column!r} is empty in row {captions.index('')}")
+        return captions
 
 
 class ImageDataset(Dataset):
@@ -234,10 +242,14 @@ def to_tensor(
         image = image[None] if image.ndim == 2 else image.movedim(-1, 0)
         return check_images(image[None], image_size, channels, name)[0]
     if isinstance(image, np.ndarray):
+        if image.ndim == 3 and image.shape[-1] > 4:
+            raise DataError(f"{name}: expected images [H, W] or [H, W, C], found shape {list(image.shape)}")
         image = Image.fromarray(image.squeeze(-1) if image.shape[-1:] == (1,) else image)
     image = ImageOps.exif_transpose(image)
     if min(image.size) < 2:
         raise DataError(f"{getattr(image, 'filename', name)}: a {image.width}x{image.height} image is too small to use")
+    if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow would cut 16 bits off at 255, not scale them
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         # Transparent pixels carry arbitrary colours; put them on white, as image viewers do.
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -272,9 +284,11 @@ def _read_captions(folder: Path, files: Sequence[Path], column: str) -> list[str
         raise DataError(f"{folder}: no metadata.csv or metadata.jsonl there, which would hold the captions")
     try:
         text = metadata.read_text(encoding="utf-8-sig")
-        lines = text.splitlines()
-        rows = list(csv.DictReader(lines)) if metadata.suffix == ".csv" else [json.loads(x) for x in lines if x.strip()]
-        captions = {row["file_name"]: str(row[column]).strip() for row in rows}
+        if metadata.suffix == ".csv":
+            rows = list(csv.DictReader(io.StringIO(text, newline="")))
+        else:
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        captions = {row["file_name"]: _one_line(row[column]) for row in rows}
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{metadata}: not rows of file_name and {column} ({error})") from error
     names = [file.relative_to(folder).as_posix() for file in files]
@@ -284,13 +298,18 @@ def _read_captions(folder: Path, files: Sequence[Path], column: str) -> list[str
     return [captions[name] for name in names]
 
 
+def _one_line(caption) -> str:
+    """A caption with single spaces in place of line breaks; empty if there is none."""
+    return "" if caption is None else " ".join(str(caption).split())
+
+
 def _open(file: Path) -> Image.Image:
     try:
         with Image.open(file) as image:
             image.load()
             image.filename = str(file)
             return image
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{file}: not a readable image ({error}); mend or remove it") from error
 
 
