@@ -195,11 +195,16 @@ def test_compose(pipeline_folder, unlearn_command, tmp_path, capsys):
 
 def test_options_from_a_file_and_the_command_line_wins(unlearn_command, tmp_path, capsys):
     file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump({"max_train_steps": 9, "rank": 2, "variational": False, "overwrite": False}))
+    file.write_text(
+        yaml.safe_dump({"max_train_steps": 9, "rank": 2, "variational": False, "overwrite": False, "lora_alpha": 0.5})
+    )
     main([*unlearn_command, f"--config={file}"])
     assert "after 3 steps" in capsys.readouterr().out
     adapter = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
-    assert adapter["r"] == 2 and adapter["variational"] is False
+    assert adapter["r"] == 2 and adapter["variational"] is False and adapter["lora_alpha"] == 0.5
+    file.write_text(yaml.safe_dump({"earlystopping": False}))
+    assert main([*unlearn_command, "--overwrite", f"--config={file}"]) == 2
+    assert "run.yaml: unlearn has no option earlystopping" in capsys.readouterr().err
 
 
 def test_dry_run_writes_nothing(unlearn_command, tmp_path, capsys):
@@ -229,6 +234,7 @@ def test_tensorboard_gets_every_term(unlearn_command, tmp_path):
         ("--max_forget_images=0", "max_images must be at least 1"),
         ("--replay_inference_steps=2000", "inference steps must lie in 1 to 1000"),
         ("--config=/nowhere.yaml", "/nowhere.yaml: not a readable"),
+        ("--guidance_scale=2", "guidance_scale: "),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(unlearn_command, capsys, option, message):

@@ -186,4 +186,6 @@ def test_what_has_no_product_is_refused(tmp_path):
         compose(tiny_unet(), [a, saved_adapter(tmp_path / "b", 2, prior_scale=0.2)], tmp_path / "out")
     with pytest.raises(ConfigError, match="is deterministic"):
         compose(tiny_unet(), [a, saved_adapter(tmp_path / "c", 2, variational=False)], tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(AdapterError, match="out: would be replaced, and .*b is in it"):
+        compose(tiny_unet(), [a, saved_adapter(tmp_path / "out" / "b", 2)], tmp_path / "out")
+    assert [f.name for f in (tmp_path / "out").iterdir()] == ["b"]

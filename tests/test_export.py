@@ -124,6 +124,11 @@ def test_exported_lora_is_plain(tmp_path):
         torch.testing.assert_close(model(*INPUT).sample, output(second), atol=1e-6, rtol=0)
     with pytest.raises(ConfigError, match="no adapter_config.json"):
         export_lora(tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(AdapterError, match="would be replaced, and .* is in it"):
+        export_lora(first, first.parent)
+    with pytest.raises(AdapterError, match="would be replaced, and .* is in it"):
+        merge("owner/name", first, first)
+    assert (first / "adapter_model.safetensors").is_file()
 
 
 @pytest.fixture

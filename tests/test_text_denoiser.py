@@ -8,6 +8,8 @@ import torch
 from conftest import saved_adapter, tiny_text_pipeline
 from diffusers import (
     DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
@@ -20,7 +22,7 @@ from vdu_peft.adapter import AdapterError, load_adapter
 from vdu_peft.config import ConfigError
 from vdu_peft.denoiser import ModelError
 from vdu_peft.export import merge
-from vdu_peft.text_denoiser import TextDenoiser, neutral_prompts, read_prompts
+from vdu_peft.text_denoiser import TextDenoiser, neutral_prompts, open_denoiser, read_prompts
 
 FAMILIES = [
     ("sd", "epsilon"),
@@ -269,11 +271,22 @@ def test_schedules_of_another_kind_are_refused(tmp_path, scheduler):
         TextDenoiser(pipeline, PROMPTS)
 
 
-def test_latents_are_not_clipped_whatever_the_scheduler_does(tmp_path):
+@pytest.mark.parametrize("scheduler", [DDIMScheduler(clip_sample=True), DDPMScheduler(), DPMSolverMultistepScheduler()])
+def test_latents_are_not_clipped_whatever_the_scheduler_does(tmp_path, scheduler):
     pipeline = tiny_text_pipeline(tmp_path)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=True)
+    pipeline.scheduler = scheduler
     denoiser = TextDenoiser(pipeline, PROMPTS)
     assert not denoiser.schedule.sampler(2, denoiser.device).config.clip_sample
+
+
+def test_options_of_text_to_image_models_are_refused_for_others(tmp_path, pipeline_folder):
+    for name in ("resolution", "guidance_scale"):
+        with pytest.raises(ModelError, match=f"{name}: .* is not a text-to-image model"):
+            open_denoiser(pipeline_folder, **{name: 8})
+        with pytest.raises(ModelError, match="no such folder"):
+            open_denoiser(tmp_path / "nowhere", **{name: 8})
+    with pytest.raises(ModelError, match="guidance_scale must be a number from 0, not -1"):
+        open_denoiser(pipeline_folder, guidance_scale=-1)
 
 
 def test_latents_of_another_kind_are_refused(tmp_path):

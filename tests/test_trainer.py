@@ -83,6 +83,7 @@ def test_resume_refuses_what_does_not_fit(pipeline_folder, forget, tmp_path):
     config = replace(FAST, checkpointing_steps=3)
     with pytest.raises(AdapterError, match="no checkpoint to resume from"):
         unlearn(pipeline_folder, forget, config, output_dir=tmp_path / "out", resume=True)
+    assert not (tmp_path / "out").exists()
     unlearn(pipeline_folder, forget, config, output_dir=tmp_path / "out")
     with pytest.raises(AdapterError, match="learning_rate=0.00"):
         unlearn(pipeline_folder, forget, replace(config, learning_rate=1.0), output_dir=tmp_path / "out", resume=True)
@@ -92,6 +93,10 @@ def test_resume_refuses_what_does_not_fit(pipeline_folder, forget, tmp_path):
         unlearn(denoiser, forget, config, adapter, output_dir=tmp_path / "out", resume=True)
     with pytest.raises(AdapterError, match="written with forget_images"):
         unlearn(pipeline_folder, -forget, config, output_dir=tmp_path / "out", resume=True)
+    other = Denoiser.from_pretrained(pipeline_folder)
+    other.model.conv_in.weight.data += 0.1
+    with pytest.raises(AdapterError, match="written with base_model"):
+        unlearn(other, forget, config, output_dir=tmp_path / "out", resume=True)
     file = tmp_path / "out" / "checkpoint.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(AdapterError, match="not a readable checkpoint"):

@@ -3,7 +3,7 @@
 import copy
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -214,6 +214,17 @@ def save_adapter(peft_model: PeftModel, folder: str | Path, card: str | None = N
         (fresh / "README.md").write_text(card or model_card("adapter", "not named", {}))
 
 
+def check_inputs_stay(folder: str | Path, inputs: Iterable[str | Path]) -> None:
+    """Before ``folder`` is replaced: what is read must not lie in it.
+
+    Raises:
+        AdapterError: one of the inputs would be deleted.
+    """
+    for read in inputs:
+        if Path(read).exists() and Path(read).resolve().is_relative_to(Path(folder).resolve()):
+            raise AdapterError(f"{folder}: would be replaced, and {read} is in it; choose another output_dir")
+
+
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """A fresh folder beside ``folder`` that takes its place when the block ends without an error.
@@ -240,7 +251,7 @@ def _atomic_folder(folder: Path) -> Iterator[Path]:
             folder.rename(old / folder.name)
             try:
                 fresh.rename(folder)
-            except OSError:
+            except BaseException:  # an interrupt, too
                 (old / folder.name).rename(folder)
                 raise
             finally:

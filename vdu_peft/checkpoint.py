@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,8 +28,14 @@ def run_options(
     prompts: Sequence[str] | None,
     guidance_scale: float,
     num_processes: int,
+    base: Iterable[torch.Tensor],
 ) -> dict:
-    """What must be the same for a resumed run to give the same result; ``replay`` is the caller's own, if any."""
+    """What must be the same for a resumed run to give the same result.
+
+    Args:
+        replay: the caller's own, if any.
+        base: the frozen weights, of which a part is told apart: of billions all would take minutes.
+    """
     names = ("r", "lora_alpha", "lora_dropout", "prior_scale", "init_scale", "variational")
     return {
         **{name: value for name, value in asdict(config).items() if name not in _RESUMABLE},
@@ -40,7 +46,15 @@ def run_options(
         "forget_labels": None if forget_labels is None else _digest(forget_labels),
         "replay_images": None if replay is None else _digest(replay),
         "num_processes": num_processes,
+        "base_model": _digest(
+            torch.cat([torch.zeros(0), *(p.detach().flatten()[:256].float().cpu() for p in base if _is_plain(p))])
+        ),
     }
+
+
+def _is_plain(parameter: torch.Tensor) -> bool:
+    """Whether a parameter's own values can be read; those of quantised layers are their library's affair."""
+    return type(parameter.data) is torch.Tensor and parameter.is_floating_point()
 
 
 def _digest(images: torch.Tensor) -> str:
@@ -70,17 +84,25 @@ def save_checkpoint(output_dir: Path, parameters: dict, optimizer, history: list
         fresh.unlink(missing_ok=True)
 
 
-def load_checkpoint(output_dir: Path | None, parameters: dict, optimizer, options: dict) -> list[dict[str, float]]:
+def check_resumable(output_dir: Path | None, config: UnlearnConfig) -> None:
+    """Whether there is something to resume, before any work.
+
+    Raises:
+        AdapterError: no checkpoint, or a precision that cannot be resumed.
+    """
+    if config.mixed_precision == "fp16":
+        raise AdapterError("resume: fp16's gradient scale is not kept in a checkpoint; use mixed_precision bf16 or no")
+    if output_dir is None or not (output_dir / CHECKPOINT_NAME).is_file():
+        raise AdapterError(f"{output_dir}: no checkpoint to resume from; run without resume, with checkpointing_steps")
+
+
+def load_checkpoint(output_dir: Path, parameters: dict, optimizer, options: dict) -> list[dict[str, float]]:
     """Put a checkpoint's state into ``parameters`` and ``optimizer``; returns its history.
 
     Raises:
-        AdapterError: no checkpoint, an unreadable one, one of another model, or one written with other options.
+        AdapterError: an unreadable checkpoint, one of another model, or one written with other options.
     """
-    file = output_dir / CHECKPOINT_NAME if output_dir else None
-    if options["mixed_precision"] == "fp16":
-        raise AdapterError("resume: fp16's gradient scale is not kept in a checkpoint; use mixed_precision bf16 or no")
-    if file is None or not file.is_file():
-        raise AdapterError(f"{output_dir}: no checkpoint to resume from; run without resume, with checkpointing_steps")
+    file = output_dir / CHECKPOINT_NAME
     try:
         stored = safe_open(file, framework="pt")
     except SafetensorError as error:

@@ -13,7 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from vdu_peft.adapter import attach, detach, load_adapter, save_adapter, trainable_state, variational_layers
+from vdu_peft.adapter import (
+    attach,
+    check_inputs_stay,
+    detach,
+    load_adapter,
+    save_adapter,
+    trainable_state,
+    variational_layers,
+)
 from vdu_peft.card import model_card
 from vdu_peft.config import ConfigError, VDUConfig, exactly
 
@@ -102,12 +110,13 @@ def compose(
 
     Raises:
         ConfigError: fewer than two adapters, a deterministic one, or priors that differ.
-        AdapterError: an adapter that does not fit the model.
+        AdapterError: an adapter that does not fit the model, or lies in ``output_dir``.
     """
     if len(folders) < 2:
         raise ConfigError("compose needs at least two adapters")
     if rank is not None and rank < 1:
         raise ConfigError(f"rank must be at least 1, not {rank}")
+    check_inputs_stay(output_dir, folders)
     configs = [VDUConfig.from_pretrained(folder) for folder in folders]
     for folder, config in zip(folders, configs, strict=True):
         if not config.variational:

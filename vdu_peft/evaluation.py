@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import diffusers
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from vdu_peft.config import ConfigError
 from vdu_peft.denoiser import Denoiser
 from vdu_peft.judge import Judge
 from vdu_peft.metrics import (
@@ -26,6 +28,21 @@ from vdu_peft.objective import denoising_loss
 from vdu_peft.version import __version__
 
 LOSS_IMAGES, LOSS_TIMESTEPS = 100, 5
+# Of samples, for a Fréchet distance on the 64 features of a judge.
+MIN_SAMPLES = 100
+
+
+def check_evaluation(num_samples: int = MIN_SAMPLES) -> None:
+    """Whether an evaluation can be made, before any work.
+
+    Raises:
+        ConfigError: too few samples, or a library of the extra ``eval`` that is missing.
+    """
+    if num_samples < MIN_SAMPLES:
+        raise ConfigError(f"num_samples must be at least {MIN_SAMPLES} for a u-FID on 64 features, not {num_samples}")
+    for library in ("matplotlib", "scipy", "torchmetrics"):
+        if find_spec(library) is None:
+            raise ConfigError(f"evaluation needs {library}: pip install 'vdu-peft[eval]'")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
-from vdu_peft.adapter import AdapterError, atomic_folder, load_adapter, read_adapter_weights
+from vdu_peft.adapter import AdapterError, atomic_folder, check_inputs_stay, load_adapter, read_adapter_weights
 from vdu_peft.card import model_card
 from vdu_peft.config import ConfigError, VDUConfig
 from vdu_peft.denoiser import Denoiser
@@ -45,9 +45,11 @@ def merge(
         the merged denoiser as it was read back, in that dtype.
 
     Raises:
-        ModelError, ConfigError, AdapterError: a part is missing or does not fit, before anything is written.
+        ModelError, ConfigError, AdapterError: a part is missing, does not fit or lies in ``output_dir``, before
+            anything is written.
         AdapterError: what was written does not read back as it should; ``output_dir`` is then left as it was.
     """
+    check_inputs_stay(output_dir, [model, adapter])
     denoiser = open_denoiser(model, whole=True)
     if onnx:
         check_onnx(denoiser)
@@ -88,11 +90,12 @@ def export_lora(adapter: str | Path, output_dir: str | Path, file_format: str = 
             1, 2 and XL (ComfyUI reads the diffusers file of the later ones).
 
     Raises:
-        ConfigError, AdapterError: the adapter is missing, unreadable, or of a model that no pipeline loads LoRA files
-            for; before anything is written.
+        ConfigError, AdapterError: the adapter is missing, unreadable, in ``output_dir``, or of a model that no
+            pipeline loads LoRA files for; before anything is written.
     """
     if file_format not in FORMATS:
         raise ConfigError(f"format must be one of {', '.join(FORMATS)}, not {file_format!r}")
+    check_inputs_stay(output_dir, [adapter])
     config = VDUConfig.from_pretrained(adapter)
     tensors = {name: t for name, t in read_adapter_weights(adapter).items() if "lora_log_std" not in name}
     base_class = (config.auto_mapping or {}).get("base_model_class")

@@ -21,7 +21,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line as a namespace whose ``command`` is the command's name.
 
     Raises:
-        ConfigError: the file of ``--config`` cannot be read.
+        ConfigError: the file of ``--config`` cannot be read, or output_dir holds something that is not to be
+            overwritten.
     """
     parser = argparse.ArgumentParser(prog="vdu-peft", description="Remove a class from a diffusion model.")
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -192,13 +193,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     sub.add_argument("--num-samples", type=int, default=300, help="samples before and after, for the report")
     sub.add_argument("--num_inference_steps", type=int, default=25)
     sub.add_argument("--output_dir", type=Path, default=Path("demo"))
-    sub.add_argument("--overwrite", action="store_true", help="replace an existing output_dir")
+    sub.add_argument("--overwrite", action="store_true", help="write into an output_dir that is not empty")
     _run_arguments(sub)
 
-    return _with_config_file(parser, argv)
+    args = _with_config_file(parser, commands, argv)
+    if hasattr(args, "overwrite") and not getattr(args, "resume_from_checkpoint", None):
+        _check_output_dir(args.output_dir, args.overwrite)
+    return args
 
 
-def _with_config_file(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+def _check_output_dir(folder: Path, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder}: exists and is not a folder; choose another output_dir")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise ConfigError(f"{folder}: exists and is not empty; choose another output_dir or pass --overwrite")
+
+
+def _with_config_file(
+    parser: argparse.ArgumentParser, commands: argparse._SubParsersAction, argv: list[str] | None
+) -> argparse.Namespace:
     """Options of ``--config FILE`` go in front of the command line's own, which therefore win."""
     argv = list(sys.argv[1:] if argv is None else argv)
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -220,7 +233,13 @@ def _with_config_file(parser: argparse.ArgumentParser, argv: list[str] | None) -
             given.append(f"--no-{name}")
         elif value is not False and value is not None:
             given += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return parser.parse_args(argv[:1] + given + argv[1:])
+    args = parser.parse_args(argv[:1] + given + argv[1:])
+    # What is false or null was not among the given: a name that does not exist would be dropped without a word.
+    if unknown := [
+        name for name in options if f"--{name}" not in commands.choices[args.command]._option_string_actions
+    ]:
+        raise ConfigError(f"{file}: {args.command} has no option {unknown[0]}")
+    return args
 
 
 def _scale(text: str) -> float | dict[str, float]:
@@ -283,6 +302,6 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
             group.add_argument(f"--{field.name}", type=kind, default=default, help=f"default {default}")
     group = parser.add_argument_group("adapter")
     for option, name in ADAPTER_OPTIONS.items():
-        default = VDUConfig.__dataclass_fields__[name].default
-        group.add_argument(f"--{option}", type=type(default), default=default, help=f"default {default}")
+        field = VDUConfig.__dataclass_fields__[name]
+        group.add_argument(f"--{option}", type=field.type, default=field.default, help=f"default {field.default}")
     group.add_argument("--variational", action=argparse.BooleanOptionalAction, default=True)

@@ -4,6 +4,8 @@ A prompt's embedding is computed once; from then on it is a label like any other
 redirecting it to an anchor and retaining the rest is the very code that class-conditional models use.
 """
 
+import math
+import re
 from collections.abc import Sequence
 from contextlib import contextmanager
 from importlib import resources
@@ -29,7 +31,7 @@ def read_prompts(file: str | Path) -> list[str]:
         ModelError: the file is missing, not text, or holds no prompt.
     """
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"{file}: not a readable text file of prompts, one a line ({error})") from error
     prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
@@ -40,6 +42,8 @@ def read_prompts(file: str | Path) -> list[str]:
 
 def anchor_prompts(prompts: Sequence[str], concepts: Sequence[str], anchors: Sequence[str] = ()) -> list[str]:
     """Each prompt with other words in place of the concepts', which are looked for one after the other.
+
+    Whole words only: "sword" is not in "two swords".
 
     Args:
         anchors: words for each concept, or one for all; none leaves the concepts' words out.
@@ -59,7 +63,8 @@ def anchor_prompts(prompts: Sequence[str], concepts: Sequence[str], anchors: Seq
         result = prompt
         # Through marks: an anchor may hold the words of a concept that is yet to come.
         for i, concept in enumerate(concepts):
-            result = result.replace(concept, f"\0{i}\0")
+            start, end = (r"\b" if re.match(r"\w", letter) else "" for letter in (concept[0], concept[-1]))
+            result = re.sub(f"{start}{re.escape(concept)}{end}", f"\0{i}\0", result)
         for i, anchor in enumerate(instead):
             result = result.replace(f"\0{i}\0", anchor)
         if result == prompt:
@@ -236,24 +241,33 @@ def open_denoiser(
     torch_dtype: torch.dtype = torch.float32,
     whole: bool = False,
     resolution: int | None = None,
+    guidance_scale: float | None = None,
 ) -> Denoiser:
     """A :class:`TextDenoiser` of a text-to-image pipeline, a plain :class:`Denoiser` of anything else.
 
     Args:
         torch_dtype, whole, resolution: of a text-to-image pipeline, see :meth:`TextDenoiser.from_pretrained`.
+        guidance_scale: what a text-to-image pipeline is sampled with; the stock pipeline's when None.
 
     Raises:
-        ModelError: as theirs, a pipeline of another family, or a resolution for what is not text-to-image.
+        ModelError: as theirs, a pipeline of another family, or a resolution or guidance for another kind.
     """
+    if guidance_scale is not None and not 0 <= guidance_scale < math.inf:
+        raise ModelError(f"guidance_scale must be a number from 0, not {guidance_scale}")
     try:
         kind = DiffusionPipeline.load_config(str(name_or_path)).get("_class_name")
     except (OSError, ValueError):
         kind = None  # no pipeline: a bare UNet folder, or a name whose trouble the denoiser tells better
     if kind in FAMILIES:
-        return TextDenoiser.from_pretrained(name_or_path, prompts, torch_dtype, whole, resolution)
+        denoiser = TextDenoiser.from_pretrained(name_or_path, prompts, torch_dtype, whole, resolution)
+        if guidance_scale is not None:
+            denoiser.guidance_scale = guidance_scale
+        return denoiser
     if kind is not None and not kind.startswith(("DDPM", "DDIM")):
         known = ", ".join(["DDPMPipeline", "DDIMPipeline", *FAMILIES])
         raise ModelError(f"{name_or_path}: a {kind}, which is not supported; known are {known}")
-    if resolution is not None:
-        raise ModelError(f"resolution: {name_or_path} is not a text-to-image model; its size is fixed")
-    return Denoiser.from_pretrained(name_or_path)
+    denoiser = Denoiser.from_pretrained(name_or_path)  # first: a model that is not there is no matter of options
+    for name, value in {"resolution": resolution, "guidance_scale": guidance_scale}.items():
+        if value is not None:
+            raise ModelError(f"{name}: {name_or_path} is not a text-to-image model; leave it out")
+    return denoiser

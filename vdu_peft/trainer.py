@@ -17,7 +17,7 @@ from vdu_peft import objective
 from vdu_peft.adapter import adapter_scale, attach, posterior_noise, save_adapter, total_kl
 from vdu_peft.batch import Batch, draw_batch
 from vdu_peft.card import model_card
-from vdu_peft.checkpoint import load_checkpoint, run_options, save_checkpoint
+from vdu_peft.checkpoint import check_resumable, load_checkpoint, run_options, save_checkpoint
 from vdu_peft.classes import check_labels, run_classes
 from vdu_peft.config import ConfigError, UnlearnConfig, VDUConfig
 from vdu_peft.data import ImageDataset, check_images
@@ -97,6 +97,8 @@ def unlearn(
     classes = run_classes(denoiser, config, forget_labels, len(forget), anchor_labels, draws_replay=replay is None)
     replay = given_replay = _check_replay(replay, replay_labels, denoiser)
     output_dir = Path(output_dir) if output_dir is not None else None
+    if resume:
+        check_resumable(output_dir, config)
     # accelerate keeps one precision per process and refuses another: a second run may well want one.
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
         AcceleratorState._reset_state()
@@ -118,6 +120,22 @@ def unlearn(
     mirrored = denoiser.encode(forget.flip(-1)) if config.random_flip else None
     images, forget = forget, denoiser.encode(forget)
     peft_model = attach(denoiser.model, adapter or VDUConfig.for_model(denoiser.model))
+    parameters = {n: p for n, p in denoiser.model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.Adam(parameters.values(), lr=config.learning_rate)
+    options = run_options(
+        config,
+        peft_model.active_peft_config,
+        images,
+        torch.cat([classes.forget_labels[:, None], classes.anchors], dim=1) if classes else None,
+        given_replay,
+        getattr(denoiser, "prompts", None),
+        denoiser.guidance_scale,
+        accelerator.num_processes,
+        (p for p in denoiser.model.parameters() if not p.requires_grad),
+    )
+    history: list[dict[str, float]] = []
+    if resume:  # before replay is drawn, which takes its time, and in which the adapter has no part
+        history = load_checkpoint(output_dir, parameters, optimizer, options)
     if replay is None:
         with adapter_scale(denoiser.model, 0), accelerator.autocast():
             replay, replay_labels = generate_replay(
@@ -132,23 +150,7 @@ def unlearn(
             )
     else:
         replay = denoiser.encode(replay)
-    parameters = {n: p for n, p in denoiser.model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.Adam(parameters.values(), lr=config.learning_rate)
     forget_set = ImageDataset(forget, mirrored)
-
-    options = run_options(
-        config,
-        peft_model.active_peft_config,
-        images,
-        torch.cat([classes.forget_labels[:, None], classes.anchors], dim=1) if classes else None,
-        given_replay,
-        getattr(denoiser, "prompts", None),
-        denoiser.guidance_scale,
-        accelerator.num_processes,
-    )
-    history: list[dict[str, float]] = []
-    if resume:
-        history = load_checkpoint(output_dir, parameters, optimizer, options)
     if config.report_to and accelerator.is_main_process:
         accelerator.init_trackers("unlearn", config={k: v for k, v in asdict(config).items() if v is not None})
     bar = tqdm(total=config.max_train_steps, initial=len(history), desc="unlearn", disable=bar_off)

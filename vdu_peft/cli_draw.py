@@ -1,0 +1,174 @@
+"""``vdu-peft sample`` and ``vdu-peft evaluate``: draw with the adapter off and on, and show or measure it."""
+
+import argparse
+from importlib.util import find_spec
+
+import torch
+from PIL import Image
+
+from vdu_peft.adapter import adapter_scale, load_adapter
+from vdu_peft.config import ConfigError
+from vdu_peft.data import ImageSource
+from vdu_peft.denoiser import Denoiser
+from vdu_peft.evaluation import check_evaluation, evaluate, held_out_loss_gap, labelled_grids
+from vdu_peft.export import DTYPES
+from vdu_peft.judge import AttributeJudge, Judge
+from vdu_peft.text_denoiser import TextDenoiser, open_denoiser
+from vdu_peft.text_evaluation import MIN_FID_IMAGES, Target, draw, evaluate_prompts, load_clip, read_prompt_file
+
+
+def run_sample(args: argparse.Namespace) -> int:
+    if args.num_images < 1:
+        raise ConfigError(f"num_images must be at least 1, not {args.num_images}")
+    if Image.registered_extensions().get(args.output_file.suffix.lower()) not in Image.SAVE:
+        raise ConfigError(f"{args.output_file}: not an image file name; end it in .png")
+    denoiser = _drawing_denoiser(args, args.prompt).to_best_device()
+    options = {"seed": args.seed, "num_inference_steps": args.num_inference_steps}
+    if isinstance(denoiser, TextDenoiser):
+        if args.class_labels:
+            raise ConfigError("class_labels: a text-to-image model's classes are prompts; use prompt")
+        options["class_labels"] = [denoiser.label(prompt) for prompt in args.prompt or [""]]
+    elif args.prompt:
+        raise ConfigError(f"prompt: {args.model} is not a text-to-image model; leave it out")
+    elif denoiser.num_classes:
+        labels = args.class_labels or range(denoiser.num_classes)
+        if not {*labels} <= {*range(denoiser.num_classes)}:
+            raise ConfigError(f"class_labels must lie in 0 to {denoiser.num_classes - 1}")
+        options["class_labels"] = labels
+    elif args.class_labels:
+        raise ConfigError("class_labels: the model is unconditional; leave them out")
+    if args.adapter is None:
+        panels = {"base": denoiser.sample(args.num_images, progress="base", **options)}
+    else:
+        denoiser.model = load_adapter(denoiser.model, args.adapter).get_base_model()
+        panels = {}
+        for scale in args.scale:
+            with adapter_scale(denoiser.model, scale):
+                pass  # a block that is not there fails now, not after the grids before it are drawn
+        for scale in args.scale:
+            if isinstance(scale, dict):
+                title = ", ".join(f"{block} {value:g}" for block, value in scale.items())
+            else:
+                title = "adapter off" if scale == 0 else f"scale {scale:g}"
+            with adapter_scale(denoiser.model, scale):
+                panels[title] = denoiser.sample(args.num_images, progress=title, **options)
+    args.output_file.parent.mkdir(parents=True, exist_ok=True)
+    labelled_grids(panels, columns=8).save(args.output_file)
+    print(f"wrote {args.output_file}")
+    return 0
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    return _evaluate_prompts(args) if args.prompts else _evaluate_class(args)
+
+
+def _evaluate_class(args: argparse.Namespace) -> int:
+    for name in ("judge", "reference", "label_column", "forget_class"):
+        if getattr(args, name) is None:
+            raise ConfigError(f"{name}: needed to evaluate a forgotten class; for text-to-image models give prompts")
+    for name in ("forget_attribute", "clip_model", "nudenet", "resolution", "guidance_scale", "dtype"):
+        if getattr(args, name) is not None and getattr(args, name) is not False:  # 0 is a guidance scale
+            raise ConfigError(f"{name}: goes with prompts")
+    check_evaluation(args.num_samples)
+    judge = Judge.from_file(args.judge)
+    num_classes = judge.head.out_features
+    if not 0 <= args.forget_class < num_classes:
+        raise ConfigError(f"forget_class must lie in 0 to {num_classes - 1}, the judge's classes")
+    denoiser = Denoiser.from_pretrained(args.model)
+    source = ImageSource(
+        args.reference, split=args.dataset_split, image_column=args.image_column, label_column=args.label_column
+    )
+    if (denoiser.image_size, denoiser.channels) != (judge.image_size, judge.channels):
+        raise ConfigError(
+            f"judge: takes {judge.channels} x {judge.image_size[0]} x {judge.image_size[1]} images, "
+            f"{args.model} draws {denoiser.channels} x {denoiser.image_size[0]} x {denoiser.image_size[1]}"
+        )
+    reference, labels = source.load_labelled(denoiser.image_size, denoiser.channels)
+    retained = int((labels != args.forget_class).sum())
+    if retained < 100:
+        raise ConfigError(f"reference: {retained} images without the forget class are too few for a u-FID; give 100")
+    denoiser.model = load_adapter(denoiser.to_best_device().model, args.adapter).get_base_model()
+    sampling = {"seed": args.seed, "num_inference_steps": args.num_inference_steps}
+    if denoiser.num_classes:
+        sampling["class_labels"] = range(denoiser.num_classes)
+    held_out = (reference, labels, args.forget_class, args.seed)
+    with adapter_scale(denoiser.model, 0):
+        before = denoiser.sample(args.num_samples, progress="adapter off", **sampling)
+        gap_before = held_out_loss_gap(denoiser, *held_out)
+    gaps = (gap_before, held_out_loss_gap(denoiser, *held_out))
+    after = denoiser.sample(args.num_samples, progress="adapter on", **sampling)
+    report = evaluate(before, after, judge, args.forget_class, reference, labels, gaps)
+    context = {name: str(getattr(args, name)) for name in ("model", "adapter", "judge", "reference")}
+    context["sampler"] = f"DDIM, {args.num_inference_steps} steps, seed {args.seed}"
+    report.save(args.output_dir, {"adapter off": before, "adapter on": after}, **context)
+    print("\n".join(report.lines()))
+    return 0
+
+
+def _evaluate_prompts(args: argparse.Namespace) -> int:
+    check_evaluation()
+    if args.forget_class is not None:
+        raise ConfigError("forget_class: a prompt file's target is a forget_attribute")
+    if args.label_column is not None:
+        raise ConfigError("label_column: the reference of a prompt file has no labels; leave it out")
+    if (args.judge is None) != (args.forget_attribute is None):
+        raise ConfigError("forget_attribute: is what a judge looks for; give both or neither")
+    if args.judge is None and args.clip_model is None and not args.nudenet:
+        raise ConfigError("judge: nothing would be measured; give a judge, a clip_model or nudenet")
+    if args.nudenet and find_spec("nudenet") is None:
+        raise ConfigError("nudenet: pip install nudenet")
+    if args.judge is None and args.reference is not None:
+        raise ConfigError("reference: the distance to it is on a judge's features; give a judge")
+    judge = AttributeJudge.from_file(args.judge) if args.judge else None
+    target = Target.parse(args.forget_attribute) if args.forget_attribute else None
+    prompts = read_prompt_file(args.prompts, judge, target)
+    denoiser = _drawing_denoiser(args, [prompt.text for prompt in prompts])
+    if not isinstance(denoiser, TextDenoiser):
+        raise ConfigError(f"prompts: {args.model} is not a text-to-image model")
+    if judge and denoiser.image_size != judge.image_size:
+        raise ConfigError(f"judge: takes {judge.image_size} images, {args.model} draws {denoiser.image_size}")
+    reference = None
+    if args.reference is not None:
+        source = ImageSource(args.reference, split=args.dataset_split, image_column=args.image_column)
+        reference = source.load(denoiser.image_size, denoiser.channels)
+        if len(reference) < MIN_FID_IMAGES:
+            raise ConfigError(f"reference: {len(reference)} images are too few for a distance; give {MIN_FID_IMAGES}")
+    clip = load_clip(args.clip_model) if args.clip_model is not None else None
+    nudenet = _nude_detector() if args.nudenet else None
+    denoiser.model = load_adapter(denoiser.to_best_device().model, args.adapter).get_base_model()
+    sampling = {"seed": args.seed, "num_inference_steps": args.num_inference_steps}
+    with adapter_scale(denoiser.model, 0):
+        before = draw(denoiser, prompts, progress="adapter off", **sampling)
+    after = draw(denoiser, prompts, progress="adapter on", **sampling)
+    report = evaluate_prompts(before, after, prompts, target, judge, reference, clip, nudenet)
+    names = ("model", "adapter", "judge", "prompts", "reference", "forget_attribute", "clip_model")
+    context = {name: str(getattr(args, name)) for name in names if getattr(args, name) is not None}
+    context |= {"guidance_scale": denoiser.guidance_scale, "image_size": denoiser.image_size}
+    context["dtype"] = str(denoiser.dtype).removeprefix("torch.")
+    context["sampler"] = f"{type(denoiser.schedule.sampler(1, denoiser.device)).__name__}, {args.num_inference_steps} "
+    context["sampler"] += f"steps, seed {args.seed} where a prompt has none of its own"
+    report.save(args.output_dir, before, after, **context)
+    print("\n".join(report.lines()))
+    return 0
+
+
+def _nude_detector():
+    from nudenet import NudeDetector
+
+    return NudeDetector()
+
+
+def _drawing_denoiser(args: argparse.Namespace, prompts: list[str]) -> Denoiser:
+    """The model as the options tell to draw with it."""
+    if args.dtype == "float16" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        raise ConfigError("dtype: float16 needs a GPU; use bfloat16 or float32")
+    denoiser = open_denoiser(
+        args.model,
+        prompts,
+        DTYPES[args.dtype or "float32"],
+        resolution=args.resolution,
+        guidance_scale=args.guidance_scale,
+    )
+    if args.dtype and not isinstance(denoiser, TextDenoiser):
+        raise ConfigError(f"dtype: {args.model} is not a text-to-image model; leave it out")
+    return denoiser

@@ -1,0 +1,157 @@
+"""``vdu-peft unlearn`` and ``vdu-peft demo``: the options as a run, and how it ended."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from vdu_peft.classes import run_classes
+from vdu_peft.config import ConfigError, UnlearnConfig, VDUConfig
+from vdu_peft.data import ImageSource
+from vdu_peft.demo import peak_memory_mib, run_demo
+from vdu_peft.denoiser import Denoiser
+from vdu_peft.evaluation import check_evaluation
+from vdu_peft.options import ADAPTER_OPTIONS
+from vdu_peft.text_denoiser import TextDenoiser, anchor_prompts, neutral_prompts, open_denoiser, read_prompts
+from vdu_peft.trainer import unlearn
+
+
+def run_unlearn(args: argparse.Namespace) -> int:
+    config, adapter_options = _run_config(args)
+    source = ImageSource(
+        args.forget_data,
+        split=args.dataset_split,
+        image_column=args.image_column,
+        label_column=args.label_column,
+        labels=tuple(args.forget_label),
+        caption_column=args.caption_column,
+        max_images=args.max_forget_images,
+    )
+    if args.forget_prompt is not None and args.caption_column is not None:
+        raise ConfigError("forget_prompt: caption_column gives each image its own; name one of them")
+    if args.forget_prompt is not None and args.forget_prompt in ("", args.anchor_prompt):
+        raise ConfigError("forget_prompt: must be a prompt other than the anchor_prompt and the empty one")
+    captions = source.captions() if args.caption_column is not None else []
+    anchors = _anchor_captions(captions, args)
+    prompts = [*captions, *anchors] if args.forget_prompt is None else [args.forget_prompt]
+    if prompts:
+        retained = read_prompts(args.retain_prompts) if args.retain_prompts else neutral_prompts()
+        prompts = list(dict.fromkeys([*prompts, args.anchor_prompt, *retained]))
+    # Frozen weights in what the forward computes in; the adapter stays in float32.
+    dtypes = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    denoiser = open_denoiser(
+        args.model,
+        prompts,
+        dtypes[config.mixed_precision],
+        resolution=args.resolution,
+        guidance_scale=args.guidance_scale,
+    )
+    config = _with_prompts(config, denoiser, args)
+    forget_labels = torch.tensor([denoiser.label(caption) for caption in captions]) if captions else None
+    anchor_labels = torch.tensor([denoiser.label(caption) for caption in anchors]) if anchors else None
+    forget = source.load(denoiser.image_size, denoiser.channels)
+    adapter = VDUConfig.for_model(denoiser.model, target_modules=args.target_modules, **adapter_options)
+    size = " x ".join(map(str, forget.shape[1:]))
+    print(f"{len(forget)} forget images of {size}; {args.model}")
+    if args.dry_run:
+        run_classes(denoiser, config, forget_labels, len(forget), anchor_labels)
+        print("dry run: model, images and options are fine")
+        return 0
+    result = unlearn(
+        denoiser,
+        forget,
+        config,
+        adapter,
+        forget_labels=forget_labels,
+        anchor_labels=anchor_labels,
+        output_dir=args.output_dir,
+        resume=bool(args.resume_from_checkpoint),
+    )
+    return _outcome(result, args.output_dir)
+
+
+def _anchor_captions(captions: list[str], args: argparse.Namespace) -> list[str]:
+    """Every caption with anchor_concept in place of forget_concept; none without a forget_concept."""
+    if not args.forget_concept:
+        if args.anchor_concept:
+            raise ConfigError("anchor_concept: stands in place of a forget_concept; name that, too")
+        return []
+    if not captions:
+        raise ConfigError("forget_concept: its words are looked for in captions; give a caption_column")
+    if args.plasticity != "hinge" or args.anchor_prompt:
+        name = "anchor_prompt" if args.anchor_prompt else f"plasticity {args.plasticity}"
+        raise ConfigError(f"forget_concept: every caption is redirected to one of its own; leave out {name}")
+    anchors = anchor_prompts(captions, args.forget_concept, args.anchor_concept)
+    if both := [anchor for anchor in anchors if anchor in captions]:
+        raise ConfigError(f"anchor_concept: {both[0]!r} is the caption of a forget image itself; take that one out")
+    return anchors
+
+
+def _with_prompts(config: UnlearnConfig, denoiser: Denoiser, args: argparse.Namespace) -> UnlearnConfig:
+    """The run's classes, where they are prompts."""
+    options = [n for n in ("forget_prompt", "caption_column") if getattr(args, n) is not None]
+    if not isinstance(denoiser, TextDenoiser):
+        if options:
+            raise ConfigError(f"{options[0]}: {args.model} is not a text-to-image model; leave it out")
+        return config
+    if not options:
+        raise ConfigError(
+            "forget_prompt: the model draws from prompts; tell which one the forget images belong to, or give a "
+            "caption_column"
+        )
+    labels = {"null_class": ""}
+    if config.plasticity == "hinge" and not args.forget_concept:
+        labels["anchor_class"] = args.anchor_prompt
+    if args.forget_prompt is not None:
+        labels["forget_class"] = args.forget_prompt
+    for name in ("forget_class", "anchor_class", "null_class"):
+        if getattr(config, name) is not None:
+            raise ConfigError(f"{name}: a text-to-image model's classes are prompts; use forget_prompt, anchor_prompt")
+    return dataclasses.replace(config, **{name: denoiser.label(prompt) for name, prompt in labels.items()})
+
+
+def run_demo_command(args: argparse.Namespace) -> int:
+    config, adapter_options = _run_config(args)
+    check_evaluation(args.num_samples)
+    if not 1 <= args.num_inference_steps <= 1000:
+        raise ConfigError(f"num_inference_steps must lie in 1 to 1000, not {args.num_inference_steps}")
+    result, report = run_demo(
+        args.forget_digit, args.output_dir, config, adapter_options, args.num_samples, args.num_inference_steps
+    )
+    code = _outcome(result, args.output_dir)
+    print("\n".join(report.lines()))
+    written = json.loads((args.output_dir / "report.json").read_text())
+    print(
+        f"{written['total_seconds']:.0f} s ({written['unlearning_seconds']:.0f} s unlearning), "
+        f"peak memory {peak_memory_mib():.0f} MiB; look at {args.output_dir / 'grid.png'}"
+    )
+    return code
+
+
+def _run_config(args: argparse.Namespace) -> tuple[UnlearnConfig, dict]:
+    config = UnlearnConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(UnlearnConfig)})
+    adapter = {name: getattr(args, option) for option, name in ADAPTER_OPTIONS.items()}
+    adapter["variational"] = args.variational
+    VDUConfig(target_modules=["any"], **adapter)  # its checks, before anything is loaded
+    return config, adapter
+
+
+def _outcome(result, output_dir: Path) -> int:
+    last = result.history[-1]
+    print(
+        f"{result.status} after {len(result.history)} steps; {result.trained_parameters:,} parameters trained, "
+        f"{result.num_replay} replay images; "
+        f"forget ratio {last['forget_ratio']:.2f}, stability {last['stability']:.3f}; "
+        f"adapter in {output_dir / 'adapter'}"
+    )
+    if result.failed:
+        mend = {
+            "nothing learned": "raise max_train_steps or learning_rate, and check that target_modules covers the model",
+            "collapsed": "use plasticity hinge, a larger stability_weight, or a smaller learning_rate or init_scale",
+        }[result.status]
+        print(f"vdu-peft: error: {result.status}: {mend}", file=sys.stderr)
+        return 1
+    return 0
