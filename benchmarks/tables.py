@@ -15,6 +15,7 @@ from benchmarks.adapter_cost import NAME as ADAPTER_COST
 from benchmarks.composition import NAME as COMPOSITION
 from benchmarks.experiment import EXPERIMENTS, RESULTS, Entry, Experiment, ExperimentError, read_experiment
 from benchmarks.results import provenance
+from benchmarks.robustness import NAME as ROBUSTNESS
 from benchmarks.text.attacks import NAME as ATTACKS
 from benchmarks.text.run import NAME as TEXT
 from benchmarks.text.tables import attack_section, text_section
@@ -249,6 +250,51 @@ def composition_section(records: list[dict]) -> list[str]:
     return [*lines, ""]
 
 
+def robustness_section(records: list[dict], folder: Path) -> list[str]:
+    """The adapter at other scales and in fewer bits: a table, and what the scale does in a plot."""
+    first = records[0]
+    judges = {"demo judge": "PUL, demo judge", "lenet": "PUL, LeNet"}
+    digits = [record["digit"] for record in records]
+    lines = [
+        "## The adapter scaled, and merged into fewer bits",
+        "",
+        f"`python -m benchmarks.robustness --digits {' '.join(map(str, digits))}`: the defaults of one digit, seed "
+        f"{first['config']['seed']}; {first['num_samples']} samples, {first['sampler']}; {provenance(records)}. "
+        "Rounded are the weights of all linear and convolution layers (int8: symmetric, by output channel) after "
+        "merging, computed in float32. All figures are against the base in float32, whose scale is 0.",
+        "",
+        "| digit | model | " + " | ".join(judges.values()) + " | u-FID | ratio |",
+        "|---" * 6 + "|",
+    ]
+    for record in records:
+        for name, state in record["states"].items():
+            digit, u_fid = str(record["digit"]), state["u_fid_after"]
+            puls = [f"{state['pul'][judge][digit]:.1f}" for judge in judges]
+            cells = [digit, name, *puls, f"{u_fid:.1f}", f"{u_fid / state['fid_before']:.2f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    scale_plot(records, folder / "scale.png")
+    return [*lines, "", "![PUL and u-FID over the adapter's scale](scale.png)", ""]
+
+
+def scale_plot(records: list[dict], file: Path) -> None:
+    """PUL and the u-FID ratio over the adapter's scale, one line for each digit."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for record in records:
+        states = {float(name[6:]): s for name, s in record["states"].items() if name.startswith("scale ")}
+        digit, base = str(record["digit"]), next(iter(states.values()))
+        puls = [0.0, *(state["pul"]["lenet"][digit] for state in states.values())]
+        fids = [base["u_fid_before"], *(state["u_fid_after"] for state in states.values())]
+        left.plot([0, *states], puls, "o-", label=f"forget {digit}")
+        right.plot([0, *states], [fid / base["fid_before"] for fid in fids], "o-")
+    left.set(xlabel="adapter scale", ylabel="PUL by LeNet-5 (%)")
+    right.set(xlabel="adapter scale", ylabel="u-FID / FID of the base")
+    left.legend()
+    figure.savefig(file, dpi=100)
+
+
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experiments_dir", type=Path, default=EXPERIMENTS)
@@ -268,15 +314,16 @@ def main(argv=None) -> int:
     cost = args.results_dir / ADAPTER_COST
     if cost.is_file():
         lines += adapter_cost_section(json.loads(cost.read_text()))
-    composed = [json.loads(file.read_text()) for file in sorted((args.results_dir / COMPOSITION).glob("*.json"))]
-    if composed:
-        lines += composition_section(composed)
-    texts = [json.loads(file.read_text()) for file in sorted((args.results_dir / TEXT).glob("*.json"))]
-    if texts:
-        lines += text_section(texts)
-    attacked = [json.loads(file.read_text()) for file in sorted((args.results_dir / ATTACKS).glob("*.json"))]
-    if attacked:
-        lines += attack_section(attacked)
+    sections = {
+        COMPOSITION: composition_section,
+        ROBUSTNESS: lambda records: robustness_section(records, args.output_dir),
+        TEXT: text_section,
+        ATTACKS: attack_section,
+    }
+    for name, write in sections.items():
+        records = [json.loads(file.read_text()) for file in sorted((args.results_dir / name).glob("*.json"))]
+        if records:
+            lines += write(records)
     (args.output_dir / "README.md").write_text("\n".join(lines))
     return 0
 

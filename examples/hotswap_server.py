@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from vdu_peft.adapter import AdapterError, adapter_scale, load_adapter
 from vdu_peft.config import ConfigError, VDUConfig
-from vdu_peft.denoiser import Denoiser
+from vdu_peft.denoiser import Denoiser, ModelError
 from vdu_peft.evaluation import image_grid
 from vdu_peft.hotswap import hotswap, prepare_hotswap
 from vdu_peft.text_denoiser import TextDenoiser, open_denoiser
@@ -54,7 +54,8 @@ class AdapterFolder:
 
     def names(self) -> list[str]:
         inside = (f for f in self.folder.iterdir() if f.resolve().parent == self.folder)  # no links that lead out
-        return sorted(f.name for f in inside if (f / "adapter_config.json").is_file())
+        parts = ("adapter_config.json", "adapter_model.safetensors")  # of one that is being copied not all are there
+        return sorted(f.name for f in inside if all((f / part).is_file() for part in parts))
 
     def path(self, name: str) -> Path:
         """Raises KeyError unless the name is one of :meth:`names`, so that no name is ever a path."""
@@ -153,7 +154,7 @@ def create_app(service: Service) -> FastAPI:
             images = service.generate(request)
         except KeyError as error:
             raise HTTPException(404, f"no adapter {error}; there are {', '.join(service.adapters.names())}") from error
-        except (AdapterError, ConfigError) as error:
+        except (AdapterError, ConfigError, ModelError) as error:
             raise HTTPException(422, str(error)) from error
         file = io.BytesIO()
         image_grid(images, columns=min(request.n, 8), scale=3 if images.shape[-1] <= 64 else 1).save(file, "PNG")

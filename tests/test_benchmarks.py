@@ -9,9 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from benchmarks import adapter_cost, composition, run, tables
+from benchmarks import adapter_cost, composition, digits, robustness, run, tables
 from benchmarks.baselines import erasediff, salun, selective_amnesia, siss, vdu
 from benchmarks.baselines.finetune import draw, finetune, gradients, loss, parameters
 from benchmarks.experiment import EXPERIMENTS, Entry, read_experiment
@@ -19,8 +20,9 @@ from benchmarks.methods import METHODS
 from benchmarks.task import Task
 from vdu_peft.adapter import load_adapter
 from vdu_peft.config import UnlearnConfig, VDUConfig
-from vdu_peft.demo import base_denoiser
+from vdu_peft.demo import base_denoiser, demo_images, demo_judge
 from vdu_peft.denoiser import Denoiser
+from vdu_peft.metrics import frechet_distance
 from vdu_peft.trainer import lr_factor
 
 
@@ -284,7 +286,7 @@ def test_what_an_adapter_costs_is_measured_and_shown(tmp_path):
 
 def test_digits_are_put_together_measured_and_shown(tmp_path):
     config = UnlearnConfig(max_train_steps=2, train_batch_size=2, replay_size=4, replay_inference_steps=2)
-    setting = composition.Setting(tmp_path / "composition", 20, 2, config, "commit", torch.get_num_threads())
+    setting = digits.Setting(tmp_path / "composition", 20, 2, config, "commit", torch.get_num_threads())
     setting.results.mkdir()
     singles, others = composition.missing([(1, 7)], setting)
     assert [part.name for part in singles] == ["single-1", "single-7"]
@@ -301,12 +303,56 @@ def test_digits_are_put_together_measured_and_shown(tmp_path):
     assert not torch.equal(summed.conv_in.weight, base.conv_in.weight)
     record = json.loads((setting.results / "product-1-7.json").read_text())
     assert record["u_fid_after"] > 0 and record["num_samples"] == 20
+    images = demo_images(1, base_denoiser())
+    kept = digits.base_samples(setting)
+    torch.testing.assert_close(kept, digits.samples(base_denoiser(), setting), atol=1e-6, rtol=0)
+    retained = images.reference[(images.reference_labels != 1) & (images.reference_labels != 7)]
+    expected = frechet_distance(*(demo_judge().judge(x)[0] for x in (kept, retained)))
+    assert record["u_fid_before"] == pytest.approx(expected)
     folders = [f"--results_dir={tmp_path}", f"--output_dir={tmp_path}", f"--experiments_dir={tmp_path / 'none'}"]
     assert tables.main(folders) == 0
     assert "| 1, 7 | product |" in (tmp_path / "README.md").read_text()
     # Without its adapter a single is made again, but only for what is still to be put together.
     shutil.rmtree(setting.adapter(1))
     assert composition.missing([(1, 7)], setting)[0] == [singles[0]]
+
+
+def test_a_rounded_weight_is_the_nearest_of_255_values():
+    layer = nn.Conv2d(3, 4, 3)
+    weight = layer.weight.data.clone()
+    assert robustness.rounded(nn.Sequential(layer), "int8")[0] is layer
+    step = weight.abs().amax((1, 2, 3), keepdim=True) / 127
+    torch.testing.assert_close(layer.weight.data, (weight / step).round() * step)
+    robustness.rounded(layer, "float16")
+    assert torch.equal(layer.weight.data, layer.weight.data.half().float())
+
+
+def test_scaled_and_rounded_adapters_are_measured_and_shown(tmp_path, monkeypatch, capsys):
+    config = UnlearnConfig(max_train_steps=2, train_batch_size=2, replay_size=4, replay_inference_steps=2)
+    monkeypatch.setattr(robustness, "SCALES", (1.0,))
+    setting = digits.Setting(tmp_path / robustness.NAME, 20, 2, config, "commit", torch.get_num_threads())
+    # One whose delta can be seen in the samples, which two steps' cannot.
+    digits.learn(base_denoiser().model, [7], config, setting.adapter(7))
+    weights = setting.adapter(7) / "adapter_model.safetensors"
+    save_file({name: 30 * value for name, value in load_file(weights).items()}, weights)
+    robustness.measure(7, setting)
+    file = robustness.result_file(7, setting.results)
+    states = json.loads(file.read_text())["states"]
+    assert [*states] == ["base, float16", "merged, float16", "base, int8", "merged, int8", "scale 1"]
+    # In float16 each is hardly another model, and the adapter's two are one.
+    assert states["merged, float16"]["u_fid_after"] == pytest.approx(states["scale 1"]["u_fid_after"], rel=1e-2)
+    assert states["base, float16"]["u_fid_after"] == pytest.approx(states["scale 1"]["u_fid_before"], rel=1e-2)
+    assert states["scale 1"]["u_fid_after"] != pytest.approx(states["scale 1"]["u_fid_before"], rel=0.05)
+    folders = [f"--results_dir={tmp_path}", f"--output_dir={tmp_path}", f"--experiments_dir={tmp_path / 'none'}"]
+    assert tables.main(folders) == 0
+    row = f"| {states['scale 1']['u_fid_after']:.1f} |"
+    assert row in (tmp_path / "README.md").read_text() and (tmp_path / "scale.png").is_file()
+    arguments = [f"--results_dir={tmp_path}", "--digits", "3", "7", "--dry_run"]
+    robustness.main(arguments)
+    assert capsys.readouterr().out.split() == ["3"]
+    file.unlink()
+    robustness.main(arguments)
+    assert capsys.readouterr().out.split() == ["3", "7"]
 
 
 def test_tables_take_the_best_of_a_grid():

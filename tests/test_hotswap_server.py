@@ -81,6 +81,8 @@ def test_an_adapter_that_was_written_anew_is_loaded_anew(client, folder):
 @pytest.mark.parametrize("name", ["../outside", "..", ".", "", "/etc", "link", "none", "ones/../../outside"])
 def test_nothing_outside_the_folder_is_loaded(client, folder, name):
     (folder / "link").symlink_to(folder.parent / "outside")
+    (folder / "none").mkdir()  # as one that is being copied: its weights are yet to come
+    shutil.copy(folder / "ones" / "adapter_config.json", folder / "none")
     response = client.post("/generate", json={**REQUEST, "adapter": name})
     assert response.status_code == 404 and "there are ones, sevens" in response.json()["detail"]
     assert client.get("/adapters").json() == ["ones", "sevens"]

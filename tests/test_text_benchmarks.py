@@ -1,8 +1,11 @@
 """The text-to-image benchmark on a tiny pipeline: every method, one run whole, and the memory count by hand."""
 
 import json
+import shutil
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +13,8 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import tiny_text_pipeline
 from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.memory import LiveBytes, Released, step_bytes
@@ -24,6 +29,7 @@ from benchmarks.text.task import make_task
 from benchmarks.text.uce import uce
 from vdu_peft.denoiser import ModelError
 from vdu_peft.judge import AttributeJudge
+from vdu_peft.metrics import frechet_distance
 from vdu_peft.text_denoiser import TextDenoiser, anchor_prompts
 from vdu_peft.text_evaluation import Target
 
@@ -76,6 +82,10 @@ def test_every_concept_has_its_anchor():
     assert anchor_prompts(["one two three"], ["one", "two"], ["a"]) == ["a a three"]
     assert anchor_prompts(["one two three"], ["one", "two"]) == ["three"]
     assert anchor_prompts(["one two three"], ["one", "two"], ["two", "one"]) == ["two one three"]
+    assert anchor_prompts(["a sword, two swords"], ["sword"], ["axe"]) == ["a axe, two swords"]
+    assert anchor_prompts(["an elf, a \\d"], [", a \\d"], [r"\1"]) == [r"an elf\1"]
+    with pytest.raises(ModelError, match="none of it is in the caption 'two swords'"):
+        anchor_prompts(["two swords"], ["sword"])
     with pytest.raises(ModelError, match="anchor_concept: 3 for 2 of forget_concept"):
         anchor_prompts(["one two three"], ["one", "two"], ["a", "b", "c"])
     with pytest.raises(ModelError, match="not an empty text"):
@@ -134,6 +144,38 @@ def test_spm_moves_every_layer_by_one_rank(dolls):
             assert values[0] > 1e-4 and values[1:].sum() < 1e-2 * values[0], name
 
 
+class Reader(nn.Module):
+    """Predicts one number, linear in the prompt's embedding, for every latent value."""
+
+    config: dict = {}
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(16, 1)
+
+    def forward(self, x_t, timesteps, encoder_hidden_states):
+        return SimpleNamespace(sample=self.head(encoder_hidden_states.mean(1))[..., None, None].expand_as(x_t))
+
+
+def test_spm_goes_past_the_anchor(dolls):
+    """η = 1 and nothing anchored: the forgotten prompt ends at the mirror image of where it was in the anchor."""
+    task = make_task(dolls, SWORD, num_images=4, num_retained=1, seed=0)
+    task = replace(task, captions=task.captions[:1], anchors=task.anchors[:1])
+    denoiser = task.denoiser
+    denoiser.embeddings["encoder_hidden_states"] = torch.randn(denoiser.num_classes, 8, 16)
+    denoiser.model = Reader()
+    x_t, timesteps = torch.zeros(1, *denoiser.latent_shape), torch.zeros(1, dtype=torch.int64)
+
+    def prediction(prompts) -> float:
+        with torch.no_grad():
+            return denoiser.noise_pred(x_t, timesteps, task.labels(prompts)).mean().item()
+
+    forget, anchor = prediction(task.captions), prediction(task.anchors)
+    options = {"learning_rate": 3e-2, "steps": 300, "batch_size": 1, "guidance": 1.0, "anchoring_weight": 0.0}
+    assert spm(task, **options) == "done"
+    assert prediction(task.captions) == pytest.approx(2 * anchor - forget, abs=0.02 * abs(anchor - forget))
+
+
 def test_negative_mse_climbs_by_the_text_encoder_alone(dolls):
     task = make_task(dolls, SWORD, num_images=4, num_retained=2, seed=0)
     network = {name: value.clone() for name, value in task.denoiser.model.state_dict().items()}
@@ -171,8 +213,13 @@ def test_a_run_writes_a_result_that_tells_itself(dolls, tmp_path, monkeypatch, c
     assert record["options"] == options and record["environment"]["commit"] == "abc"
     assert {*record["figures"]} == {"weapon=sword"} and "UA" in record["figures"]["weapon=sword"]
     assert (tmp_path / "results" / "dolls" / "ours-sword-0" / "grid.png").is_file()
+    # Before: the base, asked for the anchor. By hand, from the images that it kept.
+    (file,) = (tmp_path / "results").glob("dolls-before-sword-anchors-*.safetensors")
+    features, _ = dolls.judge.judge(load_file(file)["images"])
+    unarmed = text_run.real_images(dolls, lambda attributes: attributes["weapon"] == "")
+    expected = frechet_distance(features, dolls.judge.judge(unarmed)[0])
     anchored = record["figures"]["weapon=sword"]["FID to real images of the anchor"]
-    assert len(anchored) == 2 and min(anchored) > 0
+    assert anchored[0] == pytest.approx(expected) and anchored[1] != pytest.approx(expected)
     lines = text_section([record])
     assert [line.split("|")[2].strip() for line in lines[6:-1]] == ["untouched base", "ours"]
     assert f"{record['figures']['weapon=sword']['UA'][1]:.1%}" in lines[-2]
@@ -223,6 +270,34 @@ def check_attacks(folder, monkeypatch):
     assert attacks.main([*arguments, "uce"]) == 2  # no pipeline of it is there
     file.unlink()
     assert attacks.main([*arguments, "ours", "--dry_run"]) == 0 and not file.is_file()
+    # It is the unlearned pipeline that is attacked: with the base's in its place the pictures are the base's.
+    unlearned = file.with_suffix(".png").read_bytes()
+    assert attacks.main([*arguments, "base"]) == 0
+    pipeline = folder / "results" / "dolls" / "ours-sword-0" / "pipeline"
+    shutil.rmtree(pipeline)
+    shutil.copytree(folder / "pipeline", pipeline)
+    assert attacks.main([*arguments, "ours"]) == 0
+    base = file.with_name("base-sword-0.png").read_bytes()
+    assert file.with_suffix(".png").read_bytes() == base != unlearned
+
+
+def test_relearning_lowers_the_loss_of_its_images(dolls, monkeypatch):
+    monkeypatch.setattr(attacks, "RELEARN_STEPS", (1, 40))
+    monkeypatch.setattr(attacks, "RELEARN_LEARNING_RATE", 1e-2)
+    task = make_task(dolls, SWORD, num_images=4, num_retained=1, seed=0)
+    labels = task.labels(task.captions)
+    # Many draws: those of the training are others.
+    noise, timesteps = torch.randn(256, *task.denoiser.latent_shape), torch.randint(1000, (256,))
+    rows = torch.arange(256) % len(labels)
+    x_t = task.denoiser.add_noise(task.denoiser.encode(task.forget)[rows], noise, timesteps)
+
+    def loss() -> float:
+        with torch.no_grad():
+            return (task.denoiser.noise_pred(x_t, timesteps, labels[rows]) - noise).square().mean().item()
+
+    before = loss()
+    after = [loss() for _ in attacks.relearned(task.denoiser, task.forget, labels, 0)]
+    assert len(after) == 2 and after[1] < 0.9 * before
 
 
 def test_live_bytes_by_hand():

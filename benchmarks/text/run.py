@@ -11,9 +11,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -21,6 +19,7 @@ from accelerate.utils import set_seed
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
 from benchmarks.experiment import RESULTS
+from benchmarks.processes import in_processes
 from benchmarks.results import kept_images, write_result
 from benchmarks.run import code_version, environment
 from benchmarks.text.dolls import CONCEPTS, FOLDER, Dolls
@@ -101,11 +100,12 @@ def run(concept: str, method: str, seed: int, results: Path, folder: Path, threa
         real = real_images(dolls, lambda attributes, t=target, i=instead: attributes[t.attribute] == i)
         real_features, _ = dolls.judge.judge(real)
         asked = [i for i in rows if i < count]
-        report.figures["FID to real images of the anchor"] = tuple(
+        distances = tuple(
             frechet_distance(dolls.judge.judge(images[asked])[0], real_features)
             for images in (anchored, after)  # before: the base model, asked for the anchor
         )
-        figures[f"{target.attribute}={','.join(target.values)}"] = report.figures
+        name = f"{target.attribute}={','.join(target.values)}"
+        figures[name] = {**report.figures, "FID to real images of the anchor": distances}
     record = {
         "concept": concept,
         "method": method,
@@ -189,9 +189,7 @@ def main(argv=None) -> int:
     if (code := ends_here(args, missing)) is not None:
         return code
     shared = (args.results_dir, args.model_dir, max(1, torch.get_num_threads() // args.jobs), code_version())
-    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        for future in [pool.submit(run, *item, *shared) for item in missing]:
-            future.result()
+    in_processes(run, [(*item, *shared) for item in missing], args.jobs)
     return 0
 
 
