@@ -1,6 +1,6 @@
 """How far does forgetting reach? The adapter at other scales than 1, and merged into weights of fewer bits.
 
-    python -m benchmarks.robustness --digits 7 --jobs 2
+    python -m benchmarks.robustness --jobs 2
 
 Learns the digit's adapter, or takes the one that ``benchmarks.composition`` has learned with the same options. One
 result for each digit; digits that have one are not measured again.
@@ -83,7 +83,7 @@ def result_file(digit: int, results: Path) -> Path:
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--digits", nargs="+", type=int, default=[3, 7], choices=range(10))
+    parser.add_argument("--digits", nargs="+", type=int, default=[1, 7], choices=range(10))
     add_arguments(parser)
     args = parser.parse_args(argv)
     setting = setting_of(args, NAME)
