@@ -3,7 +3,7 @@
     python -m benchmarks.composition
     python -m benchmarks.composition --jobs 2 --dry_run
 
-Every digit's own adapter is learned first. ``sum`` (PEFT's ``add_weighted_adapter``) and ``product`` (ours) put them
+Every digit's own adapter is learned first. ``sum`` (all merged by PEFT) and ``product`` (ours) put them
 together; ``sequential`` learns each on the merged model of those before it; ``joint`` learns one adapter from all
 images. A result that is there is not made again.
 """
@@ -59,10 +59,7 @@ def plain_sum(model: nn.Module, digits: Sequence[int], setting: Setting) -> nn.M
     names = [f"digit{digit}" for digit in digits]
     for name, digit in zip(names, digits, strict=True):
         peft_model = load_adapter(peft_model, setting.adapter(digit), name)
-    # Concatenated factors: exactly the sum of the deltas.
-    peft_model.add_weighted_adapter(names, [1.0] * len(names), "sum", combination_type="cat")
-    peft_model.set_adapter("sum")
-    return peft_model.merge_and_unload(adapter_names=["sum"])
+    return peft_model.merge_and_unload(adapter_names=names)
 
 
 def product(model: nn.Module, digits: Sequence[int], setting: Setting) -> nn.Module:
