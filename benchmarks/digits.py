@@ -4,6 +4,7 @@ import argparse
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -83,16 +84,21 @@ def base_samples(setting: Setting) -> torch.Tensor:
     return kept_images(setting.cache / name, lambda: samples(base_denoiser(), setting))
 
 
+@cache
+def real_features() -> tuple[torch.Tensor, torch.Tensor]:
+    """The demo judge's features of the real test images of all digits (N, F), and their labels (N,)."""
+    images = demo_images(0, base_denoiser())
+    return demo_judge().judge(images.reference)[0], images.reference_labels
+
+
 def figures(before: torch.Tensor, after: torch.Tensor, digits: Sequence[int]) -> dict:
     """How far the digits are forgotten, and the distance to real images of the others.
 
     Args:
         before, after: samples of the base and of the unlearned model, (N, 1, 28, 28) in [-1, 1].
     """
-    judge = demo_judge()
-    images = demo_images(digits[0], base_denoiser())
-    real, _ = judge.judge(images.reference)
-    retained = real[~torch.isin(images.reference_labels, torch.tensor(digits))]
+    judge, (real, real_labels) = demo_judge(), real_features()
+    retained = real[~torch.isin(real_labels, torch.tensor(digits))]
     (features_before, labels_before), (features_after, labels_after) = judge.judge(before), judge.judge(after)
     labels = {"demo judge": (labels_before, labels_after), "lenet": (lenet(before), lenet(after))}
     shares = {name: [class_shares(ls, 10) for ls in pair] for name, pair in labels.items()}

@@ -286,7 +286,7 @@ def test_what_an_adapter_costs_is_measured_and_shown(tmp_path):
 
 def test_digits_are_put_together_measured_and_shown(tmp_path):
     config = UnlearnConfig(max_train_steps=2, train_batch_size=2, replay_size=4, replay_inference_steps=2)
-    setting = digits.Setting(tmp_path / "composition", 20, 2, config, "commit", torch.get_num_threads())
+    setting = digits.Setting(tmp_path / "composition", 8, 2, config, "commit", torch.get_num_threads())
     setting.results.mkdir()
     singles, others = composition.missing([(1, 7)], setting)
     assert [part.name for part in singles] == ["single-1", "single-7"]
@@ -302,7 +302,7 @@ def test_digits_are_put_together_measured_and_shown(tmp_path):
     torch.testing.assert_close(summed.conv_in.weight, expected, atol=1e-7, rtol=0)
     assert not torch.equal(summed.conv_in.weight, base.conv_in.weight)
     record = json.loads((setting.results / "product-1-7.json").read_text())
-    assert record["u_fid_after"] > 0 and record["num_samples"] == 20
+    assert record["u_fid_after"] > 0 and record["num_samples"] == 8
     images = demo_images(1, base_denoiser())
     kept = digits.base_samples(setting)
     torch.testing.assert_close(kept, digits.samples(base_denoiser(), setting), atol=1e-6, rtol=0)
@@ -330,7 +330,7 @@ def test_a_rounded_weight_is_the_nearest_of_255_values():
 def test_scaled_and_rounded_adapters_are_measured_and_shown(tmp_path, monkeypatch, capsys):
     config = UnlearnConfig(max_train_steps=2, train_batch_size=2, replay_size=4, replay_inference_steps=2)
     monkeypatch.setattr(robustness, "SCALES", (1.0,))
-    setting = digits.Setting(tmp_path / robustness.NAME, 20, 2, config, "commit", torch.get_num_threads())
+    setting = digits.Setting(tmp_path / robustness.NAME, 8, 2, config, "commit", torch.get_num_threads())
     # One whose delta can be seen in the samples, which two steps' cannot.
     digits.learn(base_denoiser().model, [7], config, setting.adapter(7))
     weights = setting.adapter(7) / "adapter_model.safetensors"

@@ -282,7 +282,7 @@ def check_attacks(folder, monkeypatch):
 
 
 def test_relearning_lowers_the_loss_of_its_images(dolls, monkeypatch):
-    monkeypatch.setattr(attacks, "RELEARN_STEPS", (1, 40))
+    monkeypatch.setattr(attacks, "RELEARN_STEPS", (1, 20))
     monkeypatch.setattr(attacks, "RELEARN_LEARNING_RATE", 1e-2)
     task = make_task(dolls, SWORD, num_images=4, num_retained=1, seed=0)
     labels = task.labels(task.captions)
