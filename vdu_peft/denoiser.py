@@ -4,7 +4,6 @@ Covers unconditional and class-conditional ``UNet2DModel`` with any discrete-tim
 (epsilon, v and sample prediction), and a user's own module that maps (x_t, t) to noise.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,12 +17,11 @@ from diffusers import (
     SD3Transformer2DModel,
     UNet2DModel,
 )
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
 from torch import nn
 from tqdm.auto import tqdm
 
-from vdu_peft.schedule import ModelError, NoiseSchedule, plain_scheduler
+from vdu_peft.model_folder import check_folder, from_hub, stored_dtype, stored_scheduler
+from vdu_peft.schedule import ModelError, NoiseSchedule
 
 
 class Denoiser:
@@ -78,7 +76,7 @@ class Denoiser:
         """
         folder = Path(name_or_path)
         if folder.is_dir():
-            unet_folder, scheduler_folder = _check_folder(folder)
+            unet_folder, scheduler_folder = check_folder(folder)
         elif folder.is_file():
             raise ModelError(
                 f"{name_or_path}: a file; write its pipeline as a folder first, with diffusers' from_single_file(...) "
@@ -87,7 +85,7 @@ class Denoiser:
         elif folder.exists() or folder.is_absolute() or str(name_or_path).count("/") != 1:
             raise ModelError(f"{name_or_path}: no such folder, and not a hub id of the form owner/name")
         else:
-            unet_folder, scheduler_folder = _from_hub(str(name_or_path))
+            unet_folder, scheduler_folder = from_hub(str(name_or_path))
         try:
             unet = UNet2DModel.from_pretrained(
                 str(unet_folder),  # it goes into the config, and from there into cards, where a Path is no plain YAML
@@ -99,7 +97,7 @@ class Denoiser:
             raise ModelError(
                 f"{unet_folder}: cannot be loaded as a UNet2DModel ({str(error).splitlines()[0]})"
             ) from error
-        denoiser = cls(unet.eval(), _stored_scheduler(scheduler_folder) if scheduler_folder else DDPMScheduler())
+        denoiser = cls(unet.eval(), stored_scheduler(scheduler_folder) if scheduler_folder else DDPMScheduler())
         # What cards call it: a local path says nothing elsewhere, and names the machine it was on.
         denoiser.name = folder.resolve().name if folder.is_dir() else str(name_or_path)
         denoiser.stored_dtype = stored_dtype(unet_folder)
@@ -303,57 +301,3 @@ def as_denoiser(model: Denoiser | DiffusionPipeline | str | Path) -> Denoiser:
             )
         return Denoiser(model.unet, model.scheduler)
     return Denoiser.from_pretrained(model)
-
-
-def _check_folder(folder: Path) -> tuple[Path, Path | None]:
-    """(unet folder, scheduler folder or None) of a local model, checked before anything heavy."""
-    unet_folder, scheduler_folder = (
-        (folder / "unet", folder / "scheduler") if (folder / "unet").is_dir() else (folder, folder)
-    )
-    if not (unet_folder / "config.json").is_file():
-        raise ModelError(f"{folder}: no config.json; expected a diffusers pipeline or UNet2DModel folder")
-    try:
-        kind = json.loads((unet_folder / "config.json").read_text()).get("_class_name")
-    except json.JSONDecodeError as error:
-        raise ModelError(f"{unet_folder / 'config.json'}: not valid JSON ({error})") from error
-    if kind != "UNet2DModel":
-        raise ModelError(
-            f"{folder}: holds a {kind}, expected a UNet2DModel; of a text-to-image model give the whole pipeline"
-        )
-    if not list(unet_folder.glob("*.safetensors")):
-        pickles = sorted(f.name for f in unet_folder.iterdir() if f.suffix in (".bin", ".ckpt", ".pt", ".pth"))
-        found = (
-            f"only {', '.join(pickles)}, and pickle is never read; convert it to safetensors"
-            if pickles
-            else "no weights"
-        )
-        raise ModelError(f"{unet_folder}: no .safetensors file there, {found}")
-    has_scheduler = (scheduler_folder / "scheduler_config.json").is_file()
-    return unet_folder, scheduler_folder if has_scheduler else None
-
-
-def _stored_scheduler(folder: Path) -> SchedulerMixin:
-    config = DDPMScheduler.load_config(str(folder))
-    try:
-        return plain_scheduler(config.get("_class_name"), config)
-    except ModelError as error:
-        raise ModelError(f"{folder}: {error}") from error
-
-
-def stored_dtype(unet_folder: Path) -> torch.dtype:
-    """What the weights are on disk, before they were loaded as something else."""
-    # A folder may hold variants beside what is loaded, as ``diffusion_pytorch_model.fp16.safetensors``.
-    files = sorted(unet_folder.glob("*.safetensors"), key=lambda f: (f.name != SAFETENSORS_WEIGHTS_NAME, f.name))
-    with safe_open(files[0], framework="pt") as stored:
-        return stored.get_tensor(next(iter(stored.keys()))).dtype
-
-
-def _from_hub(repo_id: str) -> tuple[Path, Path | None]:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        folder = snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors"])
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(f"{repo_id}: neither a local folder nor a hub model that can be reached") from error
-    return _check_folder(Path(folder))

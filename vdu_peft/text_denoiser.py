@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from vdu_peft.denoiser import Denoiser, ModelError, stored_dtype
+from vdu_peft.denoiser import Denoiser, ModelError
 from vdu_peft.families import FAMILIES
+from vdu_peft.model_folder import stored_dtype
 from vdu_peft.schedule import NoiseSchedule
 
 

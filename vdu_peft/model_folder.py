@@ -1,0 +1,67 @@
+"""A ``UNet2DModel`` on disk or on the hub: where its parts lie, what it was saved as; safetensors only."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import DDPMScheduler, SchedulerMixin
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
+
+from vdu_peft.schedule import ModelError, plain_scheduler
+
+
+def check_folder(folder: Path) -> tuple[Path, Path | None]:
+    """(unet folder, scheduler folder or None) of a local model, checked before anything heavy."""
+    unet_folder, scheduler_folder = (
+        (folder / "unet", folder / "scheduler") if (folder / "unet").is_dir() else (folder, folder)
+    )
+    if not (unet_folder / "config.json").is_file():
+        raise ModelError(f"{folder}: no config.json; expected a diffusers pipeline or UNet2DModel folder")
+    try:
+        kind = json.loads((unet_folder / "config.json").read_text()).get("_class_name")
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{unet_folder / 'config.json'}: not valid JSON ({error})") from error
+    if kind != "UNet2DModel":
+        raise ModelError(
+            f"{folder}: holds a {kind}, expected a UNet2DModel; of a text-to-image model give the whole pipeline"
+        )
+    if not list(unet_folder.glob("*.safetensors")):
+        pickles = sorted(f.name for f in unet_folder.iterdir() if f.suffix in (".bin", ".ckpt", ".pt", ".pth"))
+        found = (
+            f"only {', '.join(pickles)}, and pickle is never read; convert it to safetensors"
+            if pickles
+            else "no weights"
+        )
+        raise ModelError(f"{unet_folder}: no .safetensors file there, {found}")
+    has_scheduler = (scheduler_folder / "scheduler_config.json").is_file()
+    return unet_folder, scheduler_folder if has_scheduler else None
+
+
+def stored_scheduler(folder: Path) -> SchedulerMixin:
+    """The noise schedule that a folder holds, see :func:`~vdu_peft.schedule.plain_scheduler`."""
+    config = DDPMScheduler.load_config(str(folder))
+    try:
+        return plain_scheduler(config.get("_class_name"), config)
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from error
+
+
+def stored_dtype(unet_folder: Path) -> torch.dtype:
+    """What the weights are on disk, before they were loaded as something else."""
+    # A folder may hold variants beside what is loaded, as ``diffusion_pytorch_model.fp16.safetensors``.
+    files = sorted(unet_folder.glob("*.safetensors"), key=lambda f: (f.name != SAFETENSORS_WEIGHTS_NAME, f.name))
+    with safe_open(files[0], framework="pt") as stored:
+        return stored.get_tensor(next(iter(stored.keys()))).dtype
+
+
+def from_hub(repo_id: str) -> tuple[Path, Path | None]:
+    """As :func:`check_folder`, of a hub model, whose configs and safetensors files alone are fetched."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors"])
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(f"{repo_id}: neither a local folder nor a hub model that can be reached") from error
+    return check_folder(Path(folder))
