@@ -17,7 +17,7 @@ from torch import nn
 
 from benchmarks.digits import Setting, add_arguments, base_samples, figures, learn, samples, setting_of
 from benchmarks.processes import in_processes
-from benchmarks.results import write_result
+from benchmarks.results import StaleResultError, base_model, has_result, write_result
 from benchmarks.run import environment
 from vdu_peft.adapter import load_adapter
 from vdu_peft.compose import compose
@@ -85,6 +85,7 @@ def measure(part: Part, setting: Setting) -> None:
     denoiser.model = WAYS[part.way](denoiser.model, part.digits, setting)
     record = {
         "part": asdict(part),
+        "base_model": base_model(),
         "config": asdict(setting.config),
         "num_samples": setting.num_samples,
         "sampler": setting.sampler,
@@ -98,17 +99,17 @@ def measure(part: Part, setting: Setting) -> None:
 def missing(sets: Sequence[tuple[int, ...]], setting: Setting) -> tuple[list[Part], list[Part]]:
     """What is to be made: first the singles, which the others are put together from, and then the others."""
 
-    def has_result(part: Part) -> bool:
-        return (setting.results / f"{part.name}.json").is_file()
+    def is_made(part: Part) -> bool:
+        return has_result(setting.results / f"{part.name}.json")
 
-    others = [part for digits in sets for way in WAYS if way != "single" and not has_result(part := Part(way, digits))]
+    others = [part for digits in sets for way in WAYS if way != "single" and not is_made(part := Part(way, digits))]
     needed = {digit for part in others for digit in part.digits}
     singles = [Part("single", (digit,)) for digit in dict.fromkeys(digit for digits in sets for digit in digits)]
     # Adapters are not committed: a result may be there without its own.
     return [
         part
         for part in singles
-        if not has_result(part) or (part.digits[0] in needed and not setting.adapter(part.digits[0]).is_dir())
+        if not is_made(part) or (part.digits[0] in needed and not setting.adapter(part.digits[0]).is_dir())
     ], others
 
 
@@ -117,7 +118,10 @@ def main(argv=None) -> None:
     add_arguments(parser)
     args = parser.parse_args(argv)
     setting = setting_of(args, NAME)
-    singles, others = missing(SETS, setting)
+    try:
+        singles, others = missing(SETS, setting)
+    except StaleResultError as error:
+        parser.error(str(error))
     if args.dry_run:
         print("\n".join(part.name for part in [*singles, *others]))
     elif singles or others:

@@ -8,16 +8,15 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
 from benchmarks.experiment import RESULTS
 from benchmarks.judges import lenet
-from benchmarks.results import kept_images
+from benchmarks.results import base_model, kept_images
 from benchmarks.run import code_version
 from vdu_peft.adapter import save_adapter
 from vdu_peft.config import UnlearnConfig
-from vdu_peft.demo import SAMPLE_STEPS, assets, base_denoiser, demo_images, demo_judge, demo_samples
+from vdu_peft.demo import SAMPLE_STEPS, base_denoiser, demo_images, demo_judge, demo_samples
 from vdu_peft.denoiser import Denoiser
 from vdu_peft.metrics import class_shares, frechet_distance, pul
 from vdu_peft.trainer import unlearn
@@ -37,8 +36,7 @@ class Setting:
     @property
     def cache(self) -> Path:
         """Of adapters and samples, shared between benchmarks; another base model or other options have another."""
-        weights = (assets() / "ddpm" / "unet" / SAFETENSORS_WEIGHTS_NAME).read_bytes()
-        key = hashlib.sha256(weights + repr(self.config).encode()).hexdigest()[:8]
+        key = hashlib.sha256((base_model() + repr(self.config)).encode()).hexdigest()[:8]
         return self.results.parent / "digits-cache" / key
 
     @property

@@ -16,7 +16,7 @@ from torch import nn
 
 from benchmarks.digits import Setting, add_arguments, base_samples, figures, learn, samples, setting_of
 from benchmarks.processes import in_processes
-from benchmarks.results import write_result
+from benchmarks.results import StaleResultError, base_model, has_result, write_result
 from benchmarks.run import environment
 from vdu_peft.adapter import adapter_scale, load_adapter
 from vdu_peft.demo import base_denoiser
@@ -67,6 +67,7 @@ def measure(digit: int, setting: Setting) -> None:
             states[f"scale {scale:g}"] = figures(before, samples(denoiser, setting), [digit])
     record = {
         "digit": digit,
+        "base_model": base_model(),
         "config": asdict(setting.config),
         "num_samples": setting.num_samples,
         "sampler": setting.sampler,
@@ -87,7 +88,10 @@ def main(argv=None) -> None:
     add_arguments(parser)
     args = parser.parse_args(argv)
     setting = setting_of(args, NAME)
-    missing = [digit for digit in args.digits if not result_file(digit, setting.results).is_file()]
+    try:
+        missing = [digit for digit in args.digits if not has_result(result_file(digit, setting.results))]
+    except StaleResultError as error:
+        parser.error(str(error))
     if args.dry_run:
         print("\n".join(map(str, missing)))
     elif missing:

@@ -10,7 +10,6 @@ than one job after the other; times of a run are then those of a single thread.
 """
 
 import argparse
-import hashlib
 import multiprocessing
 import os
 import platform
@@ -24,16 +23,15 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from tqdm.auto import tqdm
 
 from benchmarks.experiment import EXPERIMENTS, RESULTS, ExperimentError, Run, read_experiment
 from benchmarks.judges import lenet
 from benchmarks.methods import METHODS
 from benchmarks.relearning import relearn
-from benchmarks.results import kept_images, write_result
+from benchmarks.results import StaleResultError, base_model, has_result, kept_images, write_result
 from benchmarks.task import Task
-from vdu_peft.demo import SAMPLE_STEPS, assets, base_denoiser, demo_images, demo_judge, demo_samples, peak_memory_mib
+from vdu_peft.demo import SAMPLE_STEPS, base_denoiser, demo_images, demo_judge, demo_samples, peak_memory_mib
 from vdu_peft.evaluation import evaluate, held_out_loss_gap, labelled_grids
 from vdu_peft.metrics import class_shares, pul, pul_interval
 
@@ -64,6 +62,7 @@ def run(item: Run, results: Path, threads: int, commit: str) -> None:
     report = evaluate(before, after, demo_judge(), item.forget_class, images.reference, images.reference_labels, gaps)
     record = {
         "spec": item.spec,
+        "base_model": base_model(),
         "sampler": f"DDIM, {SAMPLE_STEPS} steps, seed {item.seed + 1}",
         **outcome._asdict(),
         "cpu_seconds": cpu_seconds,
@@ -97,12 +96,16 @@ def lenet_verdict(before: torch.Tensor, after: torch.Tensor, forget_class: int) 
 
 def before_images(item: Run, results: Path) -> torch.Tensor:
     """The base model's samples, drawn once for all runs of the same number and seed."""
-    weights = (assets() / "ddpm" / "unet" / SAFETENSORS_WEIGHTS_NAME).read_bytes()
-    model = hashlib.sha256(weights).hexdigest()[:8]  # another base model has other samples
-    file = results / f"before-{model}-{item.experiment.num_samples}-{item.seed}.safetensors"
+    # Another base model has other samples.
+    file = results / f"before-{base_model()}-{item.experiment.num_samples}-{item.seed}.safetensors"
     return kept_images(
         file, lambda: demo_samples(base_denoiser(), item.experiment.num_samples, item.seed, "base samples")
     )
+
+
+def is_missing(item: Run, results: Path) -> bool:
+    """Whether it is still to be run; raises where there is a result of other options or of another base model."""
+    return item.load(results) is None or not has_result(item.result_file(results))
 
 
 def code_version() -> str:
@@ -161,8 +164,8 @@ def main(argv=None) -> int:
     names = args.names or sorted(file.stem for file in args.experiments_dir.glob("*.json"))
     try:
         experiments = [read_experiment(args.experiments_dir / f"{name}.json") for name in names]
-        missing = [item for e in experiments for item in e.runs if item.load(args.results_dir) is None]
-    except ExperimentError as error:
+        missing = [item for e in experiments for item in e.runs if is_missing(item, args.results_dir)]
+    except (ExperimentError, StaleResultError) as error:
         print(error, file=sys.stderr)
         return 2
     if args.dry_run:

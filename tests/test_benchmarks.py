@@ -249,6 +249,15 @@ def test_small_experiment_runs_once_and_becomes_a_table(tmp_path, capsys):
     assert "| ours | " in text.partition("Relearning")[2]
     assert (tmp_path / "small.png").is_file()
 
+    # Results of another base model stay shown as that one's, and no new ones are made beside them.
+    assert f"base model {record['base_model']}; commit" in text
+    for file in files:
+        file.write_text(json.dumps({**json.loads(file.read_text()), "base_model": "another"}))
+    assert run.main(["small", *folders]) == 2
+    assert "of base model another, the demo's is" in capsys.readouterr().err
+    assert tables.main([*folders, f"--output_dir={tmp_path}"]) == 0
+    assert "base model another; commit" in (tmp_path / "README.md").read_text()
+
     # Results of other options are neither taken for these nor shown as these.
     (tmp_path / "small.json").write_text(json.dumps({**content, "num_samples": 30}))
     assert run.main(["small", *folders]) == 2
