@@ -130,7 +130,17 @@ def test_config_of_a_plain_lora_is_refused(tmp_path):
             load(tmp_path)
 
 
-@pytest.mark.parametrize("damage", [lambda f: f.unlink(), lambda f: f.write_text('{"r": 4,')], ids=["gone", "cut"])
+CONFIG_DAMAGES = {
+    "gone": lambda f: f.unlink(),
+    "cut": lambda f: f.write_text('{"r": 4,'),
+    "not text": lambda f: f.write_bytes(b"\xff\xfe"),
+    "no options": lambda f: f.write_text("4"),
+    "a rank in words": lambda f: f.write_text(f.read_text().replace('"r": 4', '"r": "4"')),
+    "an endless alpha": lambda f: f.write_text(f.read_text().replace('"lora_alpha": 8', '"lora_alpha": Infinity')),
+}
+
+
+@pytest.mark.parametrize("damage", CONFIG_DAMAGES.values(), ids=CONFIG_DAMAGES)
 def test_config_that_cannot_be_read(saved, damage):
     damage(saved[0] / CONFIG)
     with pytest.raises(ConfigError, match=f"{saved[0]}.*{CONFIG}"):
@@ -194,6 +204,33 @@ def test_adapter_of_another_model(saved, model, change, message):
     assert torch.equal(target(images()), before)
 
 
+def another(like):
+    """A model of the same shape with weights of its own."""
+    torch.manual_seed(1)
+    for p in like.parameters():
+        nn.init.normal_(p, std=p.std().item())
+    return like
+
+
+def test_adapter_of_another_base_of_the_same_shape(saved, pair):
+    folder, _ = saved
+    target = another(tiny())
+    before = target(images())
+    with pytest.raises(AdapterError, match=f"{folder}: made for another base model"):
+        adapter.load_adapter(target, folder)
+    assert torch.equal(target(images()), before) and not list(adapter.variational_layers(target))
+    other = adapter.load_adapter(another(tiny()), adapter_of(folder.parent / "other", target, ["0", "3"]), "first")
+    with pytest.raises(AdapterError, match="made for another base model"):
+        adapter.load_adapter(other, folder, "second")
+    assert set(other.peft_config) == {"first"}
+    # The same base in half precision, or tuned a little, still is the same.
+    adapter.load_adapter(tiny(dtype=torch.bfloat16), folder)
+    tuned = tiny()
+    for p in tuned.parameters():
+        p.data += 0.2 * p.std() * torch.randn_like(p)
+    adapter.load_adapter(tuned, folder)
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("existed", [True, False])
 def test_an_interrupted_save_leaves_the_earlier_one(tmp_path, existed, error):
@@ -224,6 +261,30 @@ def test_a_killed_save_leaves_the_earlier_one(saved):
     result = run_python(KILLED, folder, path=[Path(adapter.__file__).parents[1]])
     assert result.returncode == -signal.SIGKILL, result.stderr
     assert contents(folder) == before
+    assert torch.equal(adapter.load_adapter(tiny(), folder).eval()(images()), model(images()))
+
+
+KILLED_BETWEEN = """
+import os, signal, sys
+from pathlib import Path
+from vdu_peft.adapter import atomic_folder
+rename = Path.rename
+def killed(self, target):
+    rename(self, target)
+    os.kill(os.getpid(), signal.SIGKILL)
+Path.rename = killed
+with atomic_folder(Path(sys.argv[1])):
+    pass
+"""
+
+
+def test_a_save_killed_between_its_renames_tells_where_the_earlier_one_is(saved):
+    folder, model = saved
+    result = run_python(KILLED_BETWEEN, folder, path=[Path(adapter.__file__).parents[1]])
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    with pytest.raises(ConfigError, match="a killed save left it as (.*); move it back") as error:
+        adapter.load_adapter(tiny(), folder)
+    Path(str(error.value).partition(" left it as ")[2].removesuffix("; move it back")).rename(folder)
     assert torch.equal(adapter.load_adapter(tiny(), folder).eval()(images()), model(images()))
 
 
@@ -267,6 +328,15 @@ def test_posterior_sample_moments():
     assert ((samples.var(0) - variance).abs() < 5 * variance * (2 / count) ** 0.5).all()
 
 
+def test_a_sample_of_an_adapter_that_is_not_there_is_refused():
+    model = trained(tiny())
+    with (
+        pytest.raises(AdapterError, match="no variational adapter named 'typo'"),
+        adapter.posterior_sample(model, "typo"),
+    ):
+        pass
+
+
 def test_a_deterministic_twin_samples_its_mean():
     model = trained(tiny(), variational=False)
     mean = model(images())
@@ -303,6 +373,9 @@ def test_a_scale_that_is_no_number_leaves_no_trace():
     expected = model(images())
     with pytest.raises(TypeError), adapter.adapter_scale(model, {"0": 0.5, "3": "x"}):
         pass
+    for scale in (float("nan"), float("inf"), {"0": 0.5, "3": float("nan")}):
+        with pytest.raises(AdapterError, match="nan is no scale|inf is no scale"), adapter.adapter_scale(model, scale):
+            pass
     assert torch.equal(model(images()), expected)
 
 
@@ -358,7 +431,11 @@ def test_total_and_description_add_up():
     ("model", "options", "message"),
     [
         (tiny, {"target_modules": ["nothing"]}, "target_modules: .*nothing"),
-        (lambda: nn.Sequential(nn.Embedding(3, 4), nn.Linear(4, 5)), {"target_modules": ["0", "1"]}, "0 and 0 more"),
+        (
+            lambda: nn.Sequential(nn.Embedding(3, 4), nn.Linear(4, 5)),
+            {"target_modules": ["0", "1"]},
+            "Embedding is neither",
+        ),
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 3, dilation=2)), {"target_modules": ["0"]}, "dilation"),
         (tiny, {"target_modules": ["0"], "r": 28}, "rank 28 exceeds the 27 inputs"),
     ],
@@ -367,6 +444,9 @@ def test_total_and_description_add_up():
 def test_targets_that_cannot_be_adapted(model, options, message):
     with pytest.raises(ConfigError, match=message):
         adapter.attach(model(), VDUConfig(**options))
+    # By PEFT alone, too: no layer becomes a plain LoRA without a word.
+    with pytest.raises(ValueError, match=message.removeprefix("target_modules: ")):
+        get_peft_model(model(), VDUConfig(**options))
 
 
 @pytest.mark.parametrize(
@@ -546,6 +626,43 @@ def test_adapters_are_switched_and_add_up(pair):
     model.delete_adapter("first")
     model.set_adapter("second")
     torch.testing.assert_close(model(images()), outputs[1], **close)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_a_plain_lora_beside_ours_is_peft_s(saved, options):
+    """A style on the same layers: what it does is what it does without ours."""
+    folder, _ = saved
+    style = LoraConfig(r=2, target_modules=["0", "3"], init_lora_weights=False, **options)
+
+    def with_style(model):
+        torch.manual_seed(3)
+        model.add_adapter("style", style) if hasattr(model, "peft_config") else get_peft_model(model, style, "style")
+        for name, p in model.named_parameters():
+            if "lora_B.style.bias" in name:
+                nn.init.normal_(p)
+        return model
+
+    ours = with_style(adapter.load_adapter(tiny(), folder)).eval()
+    alone = with_style(tiny()).eval()
+    with torch.no_grad():
+        ours.set_adapter("style")
+        torch.testing.assert_close(ours(images(16)), alone(images(16)), atol=1e-5, rtol=0)  # one pass or two
+        ours.set_adapter("default")
+        expected = adapter.load_adapter(tiny(), folder).eval()
+        torch.testing.assert_close(ours(images(16)), expected(images(16)), atol=1e-5, rtol=0)
+    assert adapter.total_kl(ours) == adapter.total_kl(expected)
+    with pytest.raises(AdapterError, match="no variational adapter named 'style'"):
+        adapter.total_kl(ours, "style")
+
+
+def test_a_model_with_an_adapter_keeps_it_when_another_is_refused(saved):
+    """The network inside a PeftModel is no bare one."""
+    folder, _ = saved
+    model = adapter.load_adapter(tiny(), folder)
+    expected = model(images())
+    with pytest.raises(ConfigError, match="carries an adapter already"):
+        adapter.load_adapter(model.get_base_model(), folder, "second")
+    assert torch.equal(model(images()), expected) and set(model.peft_config) == {"default"}
 
 
 def test_the_second_adapter_keeps_its_posterior(pair):

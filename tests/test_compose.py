@@ -9,6 +9,7 @@ from torch.distributions import MultivariateNormal
 
 from vdu_peft import adapter
 from vdu_peft.adapter import AdapterError, load_adapter, save_adapter, variational_layers
+from vdu_peft.card import model_card
 from vdu_peft.compose import Factors, compose, posterior_product
 from vdu_peft.config import ConfigError, VDUConfig
 
@@ -104,6 +105,8 @@ def merged_delta(layer):
 
 def test_composed_adapter_is_a_plain_lora_of_the_product(tmp_path):
     a, b = saved_adapter(tmp_path / "a", 1, r=2), saved_adapter(tmp_path / "b", 2, r=4, lora_alpha=8)
+    for folder, forgotten in ((a, "swords"), (b, "robes")):
+        (folder / "README.md").write_text(model_card("adapter", "a base", {"forgotten": forgotten}))
     model = tiny_unet()
     before = {name: p.clone() for name, p in model.named_parameters()}
     assert max(compose(model, [a, b], tmp_path / "ab").values()) < 1e-12
@@ -115,6 +118,8 @@ def test_composed_adapter_is_a_plain_lora_of_the_product(tmp_path):
         expected, _ = posterior_product(parts, layer.prior_std["default"], rank=layer.r["default"])
         torch.testing.assert_close(merged_delta(layer), expected.mean @ expected.lora_A, atol=1e-6, rtol=1e-4)
     assert both["conv_in"].r["default"] == 6  # the sum of the ranks
+    card = (tmp_path / "ab" / "README.md").read_text()
+    assert "| forgotten (adapter 1) | swords |" in card and "| forgotten (adapter 2) | robes |" in card
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([5, 500])
     ours, stock = tiny_unet(), tiny_unet()
     load_adapter(ours, tmp_path / "ab")

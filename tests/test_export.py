@@ -16,10 +16,11 @@ from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 from torch import nn
 
+from benchmarks.memory import LiveBytes
 from vdu_peft.adapter import AdapterError, attach, load_adapter, save_adapter, variational_layers
 from vdu_peft.card import model_card
 from vdu_peft.config import ConfigError, VDUConfig
-from vdu_peft.export import export_lora, merge
+from vdu_peft.export import _check_merged_values, export_lora, merge
 from vdu_peft.text_denoiser import TextDenoiser
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -38,6 +39,7 @@ def output(folder):
 def test_merged_weights_are_the_sum_rounded_once(tmp_path, base_dtype, dtype):
     DDPMPipeline(tiny_unet().to(base_dtype), DDPMScheduler()).save_pretrained(tmp_path / "base")
     adapter = saved_adapter(tmp_path / "adapter")
+    (adapter / "README.md").write_text(model_card("adapter", "a base", {"forgotten": "swords"}))
     merge(tmp_path / "base", adapter, tmp_path / "merged", dtype)
     expected_dtype = torch.bfloat16 if dtype else base_dtype
     stored = load_file(tmp_path / "merged" / "unet" / "diffusion_pytorch_model.safetensors")
@@ -49,7 +51,33 @@ def test_merged_weights_are_the_sum_rounded_once(tmp_path, base_dtype, dtype):
         assert torch.equal(stored[f"{name}.weight"], total.to(expected_dtype))
     card = (tmp_path / "merged" / "README.md").read_text()
     assert "not secure erasure" in card and str(tmp_path) not in card
+    assert "license: other" in card and "| forgotten | swords |" in card
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "diffusers"
+
+
+def test_a_merged_weight_beyond_the_dtype_is_refused_by_name(tmp_path):
+    DDPMPipeline(tiny_unet(), DDPMScheduler()).save_pretrained(tmp_path / "base")
+    model = tiny_unet()
+    peft_model = attach(model, VDUConfig.for_model(model))
+    nn.init.constant_(model.conv_out.lora_B["default"].weight, 1e7)
+    save_adapter(peft_model, tmp_path / "adapter")
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    with pytest.raises(AdapterError, match="merged into conv_out it gives weights beyond torch.float16"):
+        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "half", dtype="float16")
+    assert not (tmp_path / "half").exists()
+
+
+def test_merging_holds_one_layer_s_delta_beside_the_model(tmp_path):
+    """Twice for a moment: PEFT multiplies it by the scaling."""
+    peft_model = load_adapter(tiny_unet(), saved_adapter(tmp_path / "adapter"))
+    largest = max(p.numel() for p in peft_model.parameters()) * 4
+    with LiveBytes() as live:
+        live.known.update(p.untyped_storage()._cdata for p in peft_model.parameters())
+        _check_merged_values(peft_model, torch.float32, "adapter")
+        assert largest <= live.peak <= 2.1 * largest
+        live.peak = live.now
+        peft_model.merge_and_unload()
+        assert largest <= live.peak <= 2.1 * largest
 
 
 @pytest.mark.parametrize("num_classes", [None, 3])

@@ -1,6 +1,7 @@
 """The adapter as a whole: attach it to a model, sum over its layers, switch its noise, save and load it."""
 
 import copy
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,32 +27,32 @@ class AdapterError(ValueError):
 
 
 def attach(model: nn.Module, config: VDUConfig, adapter_name: str = "default") -> PeftModel:
-    """Wrap a model by ``peft.get_peft_model`` and check that every target got a variational layer.
+    """Wrap a model by ``peft.get_peft_model``, or leave it as it was.
 
     Raises:
-        ConfigError: ``target_modules`` matches nothing, or matches layers that can only become plain LoRA, or the
-            name is part of a module's; the model is left as it was.
+        ConfigError: ``target_modules`` matches nothing, or layers that cannot carry a posterior, or the name is part
+            of a module's, or the model has an adapter already.
     """
-    if any(isinstance(module, LoraLayer) for module in model.modules()):
-        raise ConfigError("the model carries an adapter already; merge or unload it first")
+    refuse_adapted(model)
     _check_name(model, adapter_name)
     with _undone_on_error(model):
         try:
             peft_model = get_peft_model(model, config, adapter_name=adapter_name)
         except ValueError as error:
             raise ConfigError(f"target_modules: {error}") from error
-        # PEFT gives quantised layers, embeddings and the like a plain LoRA without a word.
-        plain = [
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, LoraLayer) and adapter_name in module.r and not isinstance(module, VariationalLayer)
-        ]
-        if plain:
-            raise ConfigError(
-                f"target_modules: {plain[0]} and {len(plain) - 1} more are neither nn.Linear nor nn.Conv2d and "
-                "cannot carry a posterior; leave them out"
-            )
     return peft_model
+
+
+def refuse_adapted(model: nn.Module) -> None:
+    """A bare model is asked for: what is done to it is undone by taking all of its adapters off.
+
+    Raises:
+        ConfigError: it carries adapters.
+    """
+    if any(isinstance(module, LoraLayer) for module in model.modules()):
+        raise ConfigError(
+            "the model carries an adapter already; merge or unload it first, or load one more onto its PeftModel"
+        )
 
 
 def _check_name(model: nn.Module, adapter_name: str) -> None:
@@ -95,7 +96,7 @@ def trainable_state(model: nn.Module) -> Callable[[], None]:
 def variational_layers(model: nn.Module, adapter_name: str = "default") -> Iterator[tuple[str, VariationalLayer]]:
     """(name, layer) of every layer that carries this adapter."""
     for name, module in model.named_modules():
-        if isinstance(module, VariationalLayer) and adapter_name in module.r:
+        if isinstance(module, VariationalLayer) and adapter_name in module.prior_std:
             yield name, module
 
 
@@ -127,11 +128,16 @@ def posterior_sample(
     """Inside, the adapter is one draw of the posterior, held for all forwards; outside, its mean again.
 
     Raises:
-        AdapterError: the adapter is merged.
+        AdapterError: the adapter is merged, not there, or has lost its deviations to ``prepare_hotswap``.
     """
     refuse_merged(model, "posterior_sample")
+    layers = [layer for _, layer in variational_layers(model, adapter_name)]
+    if not layers:
+        raise AdapterError(f"posterior_sample: the model has no variational adapter named {adapter_name!r}")
+    if any(adapter_name in layer.lora_variant and adapter_name not in layer.lora_log_std for layer in layers):
+        raise AdapterError("posterior_sample: a model prepared for hot-swapping serves posterior means alone")
     means = []
-    for _, layer in variational_layers(model, adapter_name):
+    for layer in layers:
         if adapter_name in layer.lora_log_std:
             weight = layer.lora_B[adapter_name].weight
             means.append((weight, weight.data))
@@ -152,13 +158,16 @@ def adapter_scale(model: nn.Module, scale: float | Mapping[str, float]) -> Itera
             a layer takes that of the longest name that it lies under, and 1 where there is none.
 
     Raises:
-        AdapterError: an adapter is merged, or a block has no adapted layer.
+        AdapterError: an adapter is merged, a block has no adapted layer, or a scale is not finite.
     """
     refuse_merged(model, "adapter_scale")
     base = getattr(model, "_orig_mod", model)  # of torch.compile
     base = base.get_base_model() if isinstance(base, PeftModel) else base
     named = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
     blocks = scale if isinstance(scale, Mapping) else {"": scale}
+    for factor in blocks.values():
+        if not math.isfinite(factor):
+            raise AdapterError(f"adapter_scale: {factor} is no scale; 0 is the base model, 1 the adapter")
     scales = dict.fromkeys(named, 1.0)
     for block in sorted(blocks, key=len):
         within = [name for name in named if not block or f"{name}.".startswith(f"{block}.")]
@@ -199,7 +208,8 @@ def refuse_merged(model: nn.Module, context: str) -> None:
 def save_adapter(peft_model: PeftModel, folder: str | Path, card: str | None = None) -> None:
     """Write ``adapter_config.json``, ``adapter_model.safetensors`` and a model card, all or nothing.
 
-    The folder appears, or is replaced, by a rename, so that an interrupted save leaves the earlier one whole.
+    The folder appears by a rename, and is replaced by two, so that an interrupted save leaves the earlier one whole;
+    one that is killed between the two, beside its place, where :func:`load_adapter` tells of it.
 
     Raises:
         AdapterError: the folder cannot be written, as on a full disk; an earlier adapter there is kept. Or the model
@@ -208,6 +218,10 @@ def save_adapter(peft_model: PeftModel, folder: str | Path, card: str | None = N
     scalings = (s for module in peft_model.modules() if isinstance(module, LoraLayer) for s in module.scaling.values())
     if any(isinstance(scaling, torch.Tensor) for scaling in scalings):
         raise AdapterError(f"{folder}: the model is prepared for hot-swapping; save it before prepare_hotswap")
+    for name, config in peft_model.peft_config.items():
+        if isinstance(config, VDUConfig):
+            layers = variational_layers(peft_model.get_base_model(), name)
+            config.base_sample = {layer_name: layer.base_sample[name] for layer_name, layer in layers}
     with atomic_folder(Path(folder)) as fresh:
         peft_model.save_pretrained(fresh)
         # PEFT's own card is a form to fill in.
@@ -273,6 +287,7 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "defa
     config = VDUConfig.from_pretrained(folder)
     tensors = read_adapter_weights(folder)
     if not isinstance(model, PeftModel):
+        refuse_adapted(model)
         with _undone_on_error(model):
             peft_model = attach(model, config, adapter_name)
             _check_fit(peft_model, tensors, adapter_name, folder)
@@ -313,6 +328,29 @@ def _check_fit(peft_model: PeftModel, tensors: dict[str, torch.Tensor], adapter_
             found = "is missing" if there is None else f"has shape {list(there.shape)}"
             need = "does not exist" if wanted is None else f"needs {list(wanted.shape)}"
             raise AdapterError(f"{folder}: made for another model: {name} {found}, the model's {need}")
+    config = peft_model.peft_config[adapter_name]
+    check_base(variational_layers(peft_model.get_base_model(), adapter_name), adapter_name, config, folder)
+
+
+def check_base(layers: Iterable[tuple[str, VariationalLayer]], adapter_name: str, config: VDUConfig, folder) -> None:
+    """Whether an adapter was made for weights like those that the layers have.
+
+    A base in another precision, quantised or trained on a little has nearly the same weights; of another model of
+    the same shape they are independent, and twice as far away as this allows.
+
+    Args:
+        layers: with their names in the base model.
+        adapter_name: of the adapter that sits on them, ``config`` or the one whose place it takes.
+
+    Raises:
+        AdapterError: they are another model's.
+    """
+    stored = config.base_sample or {}
+    pairs = [pair for name, layer in layers for pair in zip(stored.get(name, ()), layer.base_sample[adapter_name])]  # noqa: B905
+    if pairs:
+        made_for, there = torch.tensor(pairs, dtype=torch.float64).T
+        if (made_for - there).square().sum() > made_for.square().sum():
+            raise AdapterError(f"{folder}: made for another base model, of the same shape but with other weights")
 
 
 def read_adapter_weights(folder: str | Path) -> dict[str, torch.Tensor]:

@@ -1,6 +1,8 @@
 """Model cards: what was forgotten, how it was measured, and what the files are not."""
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import yaml
 
@@ -31,6 +33,8 @@ def model_card(kind: str, base_model: str, facts: Mapping[str, object]) -> str:
         front = {"library_name": "diffusers", **front}
     if base_model.count("/") == 1 and not base_model.startswith((".", "/", "~")):
         front = {"base_model": base_model, **front}
+    # Weights that were made from others' are under theirs, which nothing here knows.
+    front |= {"license": "other", "license_name": "that-of-the-base-model"}
     title = "An adapter that forgets" if kind == "adapter" else "A model with an unlearning adapter merged in"
     rows = {"base model": base_model, **facts}
     lines = [
@@ -50,3 +54,10 @@ def model_card(kind: str, base_model: str, facts: Mapping[str, object]) -> str:
         *(f"| {name} | {value} |" for name, value in rows.items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def card_facts(folder: str | Path) -> dict[str, str]:
+    """The facts on the card of an adapter in ``folder``, without its base model; none where there is no card."""
+    card = Path(folder) / "README.md"
+    rows = re.findall(r"^\| (.+?) \| (.+) \|$", card.read_text(), re.MULTILINE) if card.is_file() else []
+    return {name: value for name, value in rows if name != "base model"}

@@ -18,11 +18,12 @@ from vdu_peft.adapter import (
     check_inputs_stay,
     detach,
     load_adapter,
+    refuse_adapted,
     save_adapter,
     trainable_state,
     variational_layers,
 )
-from vdu_peft.card import model_card
+from vdu_peft.card import card_facts, model_card
 from vdu_peft.config import ConfigError, VDUConfig, exactly
 
 
@@ -109,13 +110,14 @@ def compose(
         for every layer the share of the mean delta's energy that the cut to ``rank`` discards.
 
     Raises:
-        ConfigError: fewer than two adapters, a deterministic one, or priors that differ.
+        ConfigError: fewer than two adapters, a deterministic one, priors that differ, or a model with an adapter.
         AdapterError: an adapter that does not fit the model, or lies in ``output_dir``.
     """
     if len(folders) < 2:
         raise ConfigError("compose needs at least two adapters")
     if rank is not None and rank < 1:
         raise ConfigError(f"rank must be at least 1, not {rank}")
+    refuse_adapted(model)
     check_inputs_stay(output_dir, folders)
     configs = [VDUConfig.from_pretrained(folder) for folder in folders]
     for folder, config in zip(folders, configs, strict=True):
@@ -169,6 +171,8 @@ def _compose(model, folders, configs, output_dir, rank, base_model) -> dict[str,
             parameter.data.copy_(value.reshape(parameter.shape))
     cut = f"{max(discarded.values()):.2%} of a layer's delta at most"
     facts = {"product of": f"{len(configs)} adapters", "rank": total, "energy discarded by the rank": cut}
+    for number, folder in enumerate(folders, 1):
+        facts |= {f"{name} (adapter {number})": value for name, value in card_facts(folder).items()}
     save_adapter(peft_model, output_dir, model_card("adapter", base_model, facts))
     return discarded
 

@@ -13,7 +13,7 @@ from peft.utils import CONFIG_NAME
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from vdu_peft.layer import VariationalConv2d, VariationalLinear
+from vdu_peft.layer import VariationalConv2d, VariationalLinear, refuse_layer
 
 # What stock LoRA training of conditional UNets and diffusion transformers adapts.
 ATTENTION_PROJECTIONS = ["to_k", "to_out.0", "to_q", "to_v"]
@@ -50,6 +50,8 @@ class VDUConfig(LoraConfig):
         prior_scale: prior standard deviation of a delta element, relative to the layer's RMS weight.
         init_scale: initial posterior standard deviation, in the same unit.
         variational: False gives the deterministic twin, for ablation.
+        base_sample: no option: some base weights of every adapted layer, by which the base model is known again when
+            the adapter is loaded; ``save_adapter`` fills it in.
 
     Raises:
         ConfigError: an option out of range, or a LoRA feature that cannot carry a posterior.
@@ -60,18 +62,24 @@ class VDUConfig(LoraConfig):
     prior_scale: float = field(default=0.1, metadata={"help": "Prior std of the delta, relative to RMS(W)."})
     init_scale: float = field(default=0.01, metadata={"help": "Initial posterior std, relative to RMS(W)."})
     variational: bool = field(default=True, metadata={"help": "False gives the deterministic twin."})
+    base_sample: dict[str, list[float]] | None = field(
+        default=None, metadata={"help": "Some weights of the base model that the adapter is for; set when it is saved."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
         if self.r < 1:
             raise ConfigError(f"rank must be at least 1, not {self.r}")
         for name in ("prior_scale", "init_scale", "lora_alpha"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be greater than 0, not {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be a number greater than 0, not {getattr(self, name)}")
         for name in _INCOMPATIBLE:
             if getattr(self, name, None):
                 raise ConfigError(f"{name} cannot be combined with a variational adapter")
-        self._register_custom_module({nn.Linear: VariationalLinear, nn.Conv2d: VariationalConv2d})
+        # In this order: the first class that a target is an instance of counts.
+        self._register_custom_module(
+            {nn.Linear: VariationalLinear, nn.Conv2d: VariationalConv2d, nn.Module: refuse_layer}
+        )
 
     @classmethod
     def for_model(cls, model: nn.Module, **options) -> "VDUConfig":
@@ -99,19 +107,25 @@ class VDUConfig(LoraConfig):
         """Read ``adapter_config.json`` with our fields, which PEFT would drop: it takes peft_type LORA for LoraConfig.
 
         Raises:
-            ConfigError: the folder holds no adapter config, or one of a plain LoRA.
+            ConfigError: the folder holds no adapter config, one of a plain LoRA, or one with values that cannot be.
         """
         file = Path(folder) / CONFIG_NAME
         if not file.is_file():
-            raise ConfigError(f"{folder}: no {CONFIG_NAME} there; give the folder of a saved adapter")
+            # Between save_adapter's two renames the earlier adapter lies beside its place.
+            aside = [*Path(folder).parent.glob(f".{Path(folder).name}-old-*/{Path(folder).name}")]
+            mend = f"a killed save left it as {aside[0]}; move it back" if aside else "give a saved adapter's folder"
+            raise ConfigError(f"{folder}: no {CONFIG_NAME} there; {mend}")
         try:
             stored = json.loads(file.read_text())
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # not JSON, or not even text
             raise ConfigError(f"{file}: not valid JSON ({error})") from error
-        if "prior_scale" not in stored:
+        if not isinstance(stored, dict) or "prior_scale" not in stored:
             raise ConfigError(f"{file}: not a VDU adapter (no prior_scale); load it with peft as a plain LoRA")
         names = {f.name for f in dataclasses.fields(cls) if f.init}
-        return cls(**{k: v for k, v in {**stored, **options}.items() if k in names})
+        try:
+            return cls(**{k: v for k, v in {**stored, **options}.items() if k in names})
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{file}: {error}") from error
 
 
 def _adaptable(module: nn.Module, rank: int) -> bool:

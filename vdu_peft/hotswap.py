@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from torch import nn
 
-from vdu_peft.adapter import AdapterError, read_adapter_weights, refuse_merged, variational_layers
+from vdu_peft.adapter import AdapterError, check_base, read_adapter_weights, refuse_merged, variational_layers
 from vdu_peft.config import VDUConfig
 
 
@@ -67,6 +67,7 @@ def hotswap(model: nn.Module, folder: str | Path, adapter_name: str = "default")
     wanted = {f"{name}.{factor}.weight" for name in layers for factor in ("lora_A", "lora_B")}
     for key in sorted(factors.keys() ^ wanted):
         raise AdapterError(f"{folder}: does not fit: {key} is {'missing' if key in wanted else 'not in the model'}")
+    check_base(variational_layers(peft_model.get_base_model(), adapter_name), adapter_name, config, folder)
 
     writes = []
     for name, layer in layers.items():

@@ -11,6 +11,7 @@ import peft
 import torch
 import torch.nn.functional as F
 from packaging.specifiers import SpecifierSet
+from peft import LoraConfig
 from peft.tuners.lora import layer as lora
 from peft.tuners.lora.layer import LoraVariant
 from peft.utils.integrations import dequantize_module_weight
@@ -25,6 +26,10 @@ if peft.__version__ not in SpecifierSet(PEFT_VERSIONS, prereleases=True):
     raise ImportError(
         f"vdu_peft needs peft{PEFT_VERSIONS}, found {peft.__version__}: pip install 'peft{PEFT_VERSIONS}'"
     )
+
+
+# How many of a layer's weights are kept in an adapter's config.
+BASE_SAMPLE = 2
 
 
 class GaussianVariant(LoraVariant):
@@ -86,6 +91,11 @@ def is_quantised(base: nn.Module) -> bool:
     return type(base.weight).__module__.startswith(("torchao.", "bitsandbytes."))
 
 
+def _is_ours(config: LoraConfig) -> bool:
+    """Whether a config is a VDUConfig, which this module, being below it, does not know: by the options it reads."""
+    return hasattr(config, "prior_scale")
+
+
 def _is_plain(module: nn.Module) -> bool:
     """Whether a call of the module is its plain class's forward and nothing else: no hooks, no offloading."""
     hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
@@ -97,7 +107,7 @@ class VariationalLayer:
 
     # PEFT moves, freezes, deletes and saves by these names.
     adapter_layer_names = lora.LoraLayer.adapter_layer_names + ("lora_log_std",)
-    other_param_names = lora.LoraLayer.other_param_names + ("prior_std",)
+    other_param_names = lora.LoraLayer.other_param_names + ("prior_std", "base_sample")
 
     # Off: the forward uses the posterior mean, exactly PEFT's LoRA.
     posterior_noise = False
@@ -106,16 +116,25 @@ class VariationalLayer:
         if not hasattr(self, "lora_log_std"):
             self.lora_log_std = nn.ParameterDict()
             self.prior_std: dict[str, float] = {}
-        base = self.get_base_layer()
-        rms = 1.0 if base.weight.is_meta else base_weight(base).square().mean().sqrt().item()
-        if not math.isfinite(rms):
-            raise ValueError("the base weights of a target layer hold NaN or infinite values")
-        # A layer of zeros (diffusers initialises some output layers so) has no scale of its own.
-        self.prior_std[adapter_name] = config.prior_scale * (rms or 1.0 / math.sqrt(base_weight(base)[0].numel()))
+            # Some of the base's weights, by which an adapter's base is known again.
+            self.base_sample: dict[str, list[float]] = {}
+        if _is_ours(config):
+            base = self.get_base_layer()
+            weight = torch.ones(1) if base.weight.is_meta else base_weight(base)
+            rms = weight.square().mean().sqrt().item()
+            if not math.isfinite(rms):
+                raise ValueError("the base weights of a target layer hold NaN or infinite values")
+            # A layer of zeros (diffusers initialises some output layers so) has no scale of its own.
+            self.prior_std[adapter_name] = config.prior_scale * (rms or 1.0 / math.sqrt(weight[0].numel()))
+            sample = [] if base.weight.is_meta else weight.flatten()[:BASE_SAMPLE].tolist()
+            self.base_sample[adapter_name] = [float(f"{value:.4g}") for value in sample]
         super().update_layer(adapter_name, *args, config=config, **kwargs)
 
     def resolve_lora_variant(self, *, config, **kwargs) -> LoraVariant | None:
-        return GaussianVariant() if config.variational else None
+        """Ours for ours; a style's plain LoRA on the same layer stays what PEFT makes of it."""
+        if _is_ours(config) and config.variational:
+            return GaussianVariant()
+        return super().resolve_lora_variant(config=config, **kwargs)
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """PEFT's forward; on a CPU inference in float32 is one pass with W + ΔW in place of two, which is faster."""
@@ -154,8 +173,12 @@ class VariationalLayer:
         dropouts = [self.lora_dropout[name] for name in adapters]
         if any(dropout.training and not isinstance(dropout, nn.Identity) for dropout in dropouts):
             return False
+        # A plain LoRA beside ours may be more than W + ΔW: DoRA and its like, or a bias.
+        variants = [self.lora_variant.get(name) for name in adapters]
+        if any(variant is not None and type(variant) is not GaussianVariant for variant in variants):
+            return False
         parts = [part[name] for part in (self.lora_A, self.lora_B) for name in adapters]
-        if any(part.weight.dtype != torch.float32 for part in parts):
+        if any(part.weight.dtype != torch.float32 or part.bias is not None for part in parts):
             return False
         return all(map(_is_plain, (*dropouts, *parts)))
 
@@ -169,6 +192,12 @@ class VariationalLayer:
         if is_quantised(base):
             raise ValueError(f"a quantised {type(base).__name__} cannot be merged into; load the base unquantised")
         super().merge(*args, **kwargs)
+
+    def merged_weight(self, adapter_name: str) -> torch.Tensor:
+        """W + ΔW of the posterior mean, a tensor of its own."""
+        merged = self.get_delta_weight(adapter_name)
+        merged += base_weight(self.get_base_layer())
+        return merged
 
     def factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """(mean, log_std or None, lora_A), in float32, as (groups, rows, columns)."""
@@ -210,6 +239,16 @@ class VariationalLayer:
         return posterior.signal_to_noise(
             mean, log_std, posterior.gram_matrix(lora_A, self.scaling[adapter_name])
         ).item()
+
+
+def refuse_layer(target: nn.Module, *args, **kwargs) -> nn.Module:
+    """In the place of a layer class, for targets that have none: PEFT would give them a plain LoRA without a word.
+
+    Raises:
+        ValueError: always.
+    """
+    kind = type(target.get_base_layer() if isinstance(target, lora.LoraLayer) else target).__name__
+    raise ValueError(f"a {kind} is neither nn.Linear nor nn.Conv2d and cannot carry a posterior; leave it out")
 
 
 class VariationalLinear(VariationalLayer, lora.Linear):
