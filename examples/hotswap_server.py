@@ -53,9 +53,12 @@ class AdapterFolder:
         self.folder = folder.resolve()
 
     def names(self) -> list[str]:
-        inside = (f for f in self.folder.iterdir() if f.resolve().parent == self.folder)  # no links that lead out
         parts = ("adapter_config.json", "adapter_model.safetensors")  # of one that is being copied not all are there
-        return sorted(f.name for f in inside if all((f / part).is_file() for part in parts))
+        return sorted(f.name for f in self.folder.iterdir() if all(self._is_file_inside(f / part) for part in parts))
+
+    def _is_file_inside(self, file: Path) -> bool:
+        """No link leads out, be it the file or a folder above it."""
+        return file.is_file() and file.resolve().is_relative_to(self.folder)
 
     def path(self, name: str) -> Path:
         """Raises KeyError unless the name is one of :meth:`names`, so that no name is ever a path."""

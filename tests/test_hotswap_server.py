@@ -78,9 +78,18 @@ def test_an_adapter_that_was_written_anew_is_loaded_anew(client, folder):
     assert np.abs(pixels(response.content) - fresh(folder / "ones")).max() <= 1
 
 
-@pytest.mark.parametrize("name", ["../outside", "..", ".", "", "/etc", "link", "none", "ones/../../outside"])
+@pytest.mark.parametrize(
+    "name",
+    ["../outside", "..", ".", "", "/etc", "link", "weights", "config", "loop", "none", "ones/../../outside"],
+)
 def test_nothing_outside_the_folder_is_loaded(client, folder, name):
-    (folder / "link").symlink_to(folder.parent / "outside")
+    outside = folder.parent / "outside"
+    (folder / "link").symlink_to(outside)
+    (folder / "loop").symlink_to(folder / "loop")
+    for linked, file in (("weights", "adapter_model.safetensors"), ("config", "adapter_config.json")):
+        shutil.copytree(outside, folder / linked)
+        (folder / linked / file).unlink()
+        (folder / linked / file).symlink_to(outside / file)
     (folder / "none").mkdir()  # as one that is being copied: its weights are yet to come
     shutil.copy(folder / "ones" / "adapter_config.json", folder / "none")
     response = client.post("/generate", json={**REQUEST, "adapter": name})
