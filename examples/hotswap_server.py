@@ -15,6 +15,7 @@ adapter that a server can switch off is no erasure.
 
 import argparse
 import io
+import logging
 import threading
 from pathlib import Path
 
@@ -32,6 +33,8 @@ from vdu_peft.evaluation import image_grid
 from vdu_peft.hotswap import hotswap, prepare_hotswap
 from vdu_peft.text_denoiser import TextDenoiser, open_denoiser
 
+log = logging.getLogger(__name__)
+
 
 class GenerateRequest(BaseModel):
     """What to draw. ``prompt`` is for text-to-image models; no ``adapter`` is the base model."""
@@ -47,18 +50,33 @@ class GenerateRequest(BaseModel):
 
 
 class AdapterFolder:
-    """The adapters that may be loaded: the folders directly below one folder."""
+    """The adapters that may be loaded: the folders directly below one folder.
+
+    What holds another kind of adapter, or an unreadable one, is left out, and the log tells so once.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder.resolve()
+        self._left_out: set[str] = set()
 
     def names(self) -> list[str]:
         parts = ("adapter_config.json", "adapter_model.safetensors")  # of one that is being copied not all are there
-        return sorted(f.name for f in self.folder.iterdir() if all(self._is_file_inside(f / part) for part in parts))
+        whole = (f for f in self.folder.iterdir() if all(self._is_file_inside(f / part) for part in parts))
+        return sorted(f.name for f in whole if self._is_ours(f))
 
     def _is_file_inside(self, file: Path) -> bool:
         """No link leads out, be it the file or a folder above it."""
         return file.is_file() and file.resolve().is_relative_to(self.folder)
+
+    def _is_ours(self, folder: Path) -> bool:
+        try:
+            VDUConfig.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            if folder.name not in self._left_out:
+                self._left_out.add(folder.name)
+                log.warning("left out: %s", error)
+            return False
+        return True
 
     def path(self, name: str) -> Path:
         """Raises KeyError unless the name is one of :meth:`names`, so that no name is ever a path."""
@@ -119,12 +137,16 @@ class Service:
 
     def _swap(self, name: str) -> None:
         folder = self.adapters.path(name)
-        # A folder of the same name that was written anew is another adapter.
-        version = (name, (folder / "adapter_model.safetensors").stat().st_mtime_ns)
-        if version != self.loaded:
-            with self.swap_seconds.time():
-                hotswap(self.denoiser.model, folder)
-            self.loaded = version
+        try:
+            # A folder of the same name that was written anew is another adapter.
+            version = (name, (folder / "adapter_model.safetensors").stat().st_mtime_ns)
+            if version != self.loaded:
+                with self.swap_seconds.time():
+                    hotswap(self.denoiser.model, folder)
+                self.loaded = version
+        except (OSError, ValueError):
+            self.adapters.path(name)  # one that was taken away meanwhile is no such adapter
+            raise
 
 
 def create_app(service: Service) -> FastAPI:

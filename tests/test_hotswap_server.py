@@ -18,6 +18,7 @@ from PIL import Image
 from vdu_peft.adapter import AdapterError, load_adapter
 from vdu_peft.denoiser import Denoiser
 from vdu_peft.evaluation import image_grid
+from vdu_peft.export import export_lora
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import hotswap_server
@@ -95,6 +96,33 @@ def test_nothing_outside_the_folder_is_loaded(client, folder, name):
     response = client.post("/generate", json={**REQUEST, "adapter": name})
     assert response.status_code == 404 and "there are ones, sevens" in response.json()["detail"]
     assert client.get("/adapters").json() == ["ones", "sevens"]
+
+
+def test_what_is_no_adapter_of_ours_is_left_out_and_told_once(folder, caplog):
+    export_lora(folder / "ones", folder / "exported")
+    shutil.copytree(folder / "ones", folder / "damaged")
+    (folder / "damaged" / "adapter_config.json").write_text("{")
+    client = TestClient(create_app(Service(denoiser(), AdapterFolder(folder), compile=False)))
+    assert client.get("/adapters").json() == client.get("/adapters").json() == ["ones", "sevens"]
+    for name in ("exported", "damaged"):
+        assert client.post("/generate", json={**REQUEST, "adapter": name}).status_code == 404
+    exported, damaged = sorted(caplog.messages, reverse=True)
+    assert "exported" in exported and "not a VDU adapter" in exported
+    assert "damaged" in damaged and "not valid JSON" in damaged
+
+
+@pytest.mark.parametrize("gone", [".", "adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_that_is_taken_away_during_a_request_is_no_such_adapter(folder, gone):
+    class TakenAway(AdapterFolder):
+        def path(self, name):
+            path = super().path(name)
+            shutil.rmtree(path) if gone == "." else (path / gone).unlink()
+            return path
+
+    service = Service(denoiser(), AdapterFolder(folder), compile=False)
+    service.adapters = TakenAway(folder)
+    response = TestClient(create_app(service)).post("/generate", json={**REQUEST, "adapter": "ones"})
+    assert response.status_code == 404 and response.json()["detail"] == "no adapter 'ones'; there are sevens"
 
 
 @pytest.mark.parametrize(
