@@ -15,13 +15,15 @@ adapter that a server can switch off is no erasure.
 
 import argparse
 import io
+import json
 import logging
 import threading
 from pathlib import Path
 
 import torch
 import uvicorn
-from fastapi import FastAPI, HTTPException, Response
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
@@ -154,23 +156,30 @@ def create_app(service: Service) -> FastAPI:
     app = FastAPI(title="vdu_peft adapters")
     is_text = isinstance(service.denoiser, TextDenoiser)
 
+    @app.exception_handler(RequestValidationError)
+    async def refuse(request: Request, error: RequestValidationError) -> Response:
+        # Not FastAPI's own: that says the input back, and NaN or half a surrogate pair cannot be sent.
+        detail = [{part: found[part] for part in ("type", "loc", "msg")} for found in error.errors()]
+        return Response(json.dumps({"detail": detail}), status_code=422, media_type="application/json")
+
     @app.get("/", response_class=HTMLResponse)
-    def page() -> str:
+    async def page() -> str:
         return PAGE.replace("PROMPT_HIDDEN", "" if is_text else "hidden")
 
     @app.get("/health")
-    def health() -> dict:
+    async def health() -> dict:
         return {"status": "ok", "model": service.denoiser.name, "adapters": len(service.adapters.names())}
 
     @app.get("/adapters")
-    def adapters() -> list[str]:
+    async def adapters() -> list[str]:
         return service.adapters.names()
 
     @app.get("/metrics")
-    def metrics() -> Response:
+    async def metrics() -> Response:
         return Response(generate_latest(service.metrics), media_type="text/plain; version=0.0.4")
 
-    # Not async: a thread of its own waits for the lock, and health and metrics answer meanwhile.
+    # Alone not async: it waits for its turn in one of a fixed number of threads. Were the others to need one, health
+    # would not answer while as many requests wait.
     @app.post("/generate", response_class=Response, responses={200: {"content": {"image/png": {}}}})
     def generate(request: GenerateRequest) -> Response:
         if request.prompt is not None and not is_text:

@@ -1,5 +1,6 @@
 """The service over HTTP against loading each adapter anew, and in a real browser where there is one."""
 
+import asyncio
 import io
 import shutil
 import sys
@@ -7,6 +8,8 @@ import threading
 import time
 from pathlib import Path
 
+import anyio
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -132,6 +135,14 @@ def test_bad_requests_are_refused(client, change):
     assert client.post("/generate", json={**REQUEST, **change}).status_code == 422
 
 
+@pytest.mark.parametrize(
+    "content", ['{"scale": NaN}', '{"scale": Infinity}', '{"seed": NaN}', '{"none": NaN}', r'{"\ud800": 1}']
+)
+def test_what_json_cannot_say_back_is_refused_too(client, content):
+    response = client.post("/generate", content=content, headers={"Content-Type": "application/json"})
+    assert response.status_code == 422 and response.json()["detail"][0]["msg"]
+
+
 def test_an_adapter_that_does_not_fit_is_refused_and_the_one_there_stays(client, folder):
     before = client.post("/generate", json={**REQUEST, "adapter": "ones"}).content
     saved_adapter(folder / "large", 4, r=8)
@@ -156,6 +167,25 @@ def test_requests_at_once_do_not_meet(client, folder):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_health_answers_while_every_thread_waits_for_its_turn(folder):
+    service = Service(denoiser(), AdapterFolder(folder), compile=False)
+
+    async def ask():
+        threads = anyio.to_thread.current_default_thread_limiter()
+        threads.total_tokens = 2  # 40 otherwise
+        transport = httpx.ASGITransport(create_app(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
+            with service.lock:
+                drawing = [asyncio.create_task(client.post("/generate", json=REQUEST)) for _ in range(3)]
+                while threads.available_tokens:
+                    await asyncio.sleep(0.01)
+                paths = ("/health", "/metrics", "/adapters", "/")
+                answers = [await asyncio.wait_for(client.get(path), timeout=30) for path in paths]
+            return answers + await asyncio.gather(*drawing)
+
+    assert [response.status_code for response in asyncio.run(ask())] == [200] * 7
 
 
 def test_health_and_metrics(client):
