@@ -117,6 +117,42 @@ def test_merging_chosen_adapters(made, config_class, name, safe_merge):
 
 @over_configs
 @over_models
+@pytest.mark.filterwarnings(
+    "ignore:All adapters are already merged", "ignore:Already unmerged", "ignore:Already following"
+)
+def test_merging_again(made, config_class, name):
+    """What is merged is not merged twice, another adapter is added to it, and the way back is the base."""
+    model, x, base = made(config_class, name)
+    first = output_of(model, "first", x)
+    for _ in range(5):
+        model.merge_adapter()
+        model.merge_adapter()
+        torch.testing.assert_close(model(x), first, atol=1e-5, rtol=0)
+        model.unmerge_adapter()
+        model.unmerge_adapter()
+        torch.testing.assert_close(model(x), first, atol=1e-5, rtol=0)
+    model.base_model.set_adapter(["first", "second"])
+    both = model(x)
+    model.merge_adapter(adapter_names=["first"])
+    model.merge_adapter(adapter_names=["second"])
+    torch.testing.assert_close(model(x), both, atol=1e-5, rtol=0)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model.unload()(x), base, atol=1e-5, rtol=0)
+
+
+@over_configs
+@over_models
+def test_disabling_what_is_merged(made, config_class, name):
+    model, x, base = made(config_class, name)
+    first = output_of(model, "first", x)
+    model.merge_adapter()
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x), base, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model(x), first, atol=1e-5, rtol=0)
+
+
+@over_configs
+@over_models
 def test_merging_what_is_not_finite_is_refused(made, config_class, name):
     model, x, _ = made(config_class, name)
     model.base_model.model[0].lora_B["first"].weight.data.fill_(torch.nan)
@@ -139,6 +175,62 @@ def test_deleting(made, config_class, name):
     with pytest.raises(ValueError, match="first does not exist"):
         model.delete_adapter("first")
     assert torch.equal(model.unload()(x), base)
+
+
+@over_configs
+@over_models
+def test_deleting_an_inactive_one(made, config_class, name):
+    model, x, _ = made(config_class, name)
+    first = output_of(model, "first", x)
+    model.delete_adapter("second")
+    assert set(model.peft_config) == {"first"} and model.active_adapters == ["first"]
+    assert not any(".second" in n for n in model.state_dict())
+    assert torch.equal(model(x), first)
+
+
+@over_configs
+@over_models
+def test_unknown_names_are_refused(made, config_class, name):
+    model, x, _ = made(config_class, name)
+    first = output_of(model, "first", x)
+    with pytest.raises(ValueError, match="other not found"):
+        model.set_adapter("other")
+    with pytest.raises(ValueError, match="non-existing adapter.*other"):
+        model(x, adapter_names=["first", "other", "second", "__base__"])
+    assert model.active_adapters == ["first"] and torch.equal(model(x), first)
+
+
+@over_configs
+@over_models
+def test_a_mixed_batch_is_for_inference(made, config_class, name):
+    model, x, _ = made(config_class, name)
+    model.train()
+    with pytest.raises(ValueError, match="`adapter_names` when the model is in training mode"):
+        model(x, adapter_names=["first", "second", "first", "__base__"])
+
+
+@over_configs
+@over_models
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("autocast_adapter_dtype", [False, True])
+def test_half_precision(config_class, name, dtype, autocast_adapter_dtype):
+    """A base in half precision with adapters in the same or, PEFT's default, in float32; float32 is the oracle."""
+    x, base = inputs(name).to(dtype), base_model(name).to(dtype)
+    options = {"adapter_name": "first", "autocast_adapter_dtype": autocast_adapter_dtype}
+    model = get_peft_model(base, config(config_class, name), **options).eval()
+    fill(model, "first")
+    adapter_dtypes = {p.dtype for n, p in model.named_parameters() if "lora_" in n}
+    assert adapter_dtypes == {torch.float32 if autocast_adapter_dtype else dtype}
+    twin = copy.deepcopy(model).float()
+    expected = twin(x.float())
+    with twin.disable_adapter():
+        untouched = twin(x.float())
+    rounding = 4 * torch.finfo(dtype).eps * expected.abs().max()
+    assert (expected - untouched).abs().max() > 4 * rounding
+    unmerged = model(x)
+    model.merge_adapter()
+    for output in (unmerged, model(x)):
+        assert output.dtype == dtype and (output.float() - expected).abs().max() < rounding
 
 
 @over_configs
