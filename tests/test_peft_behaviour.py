@@ -277,26 +277,38 @@ def test_injected_on_meta_and_filled(made, config_class, name):
 @over_models
 @pytest.mark.parametrize("combination", ["cat", "linear", "svd", "ties_svd", "dare_linear"])
 def test_weighted_combinations(made, config_class, name, combination):
-    """Against the deltas themselves where the combination keeps them: ``cat`` is their sum."""
+    """Against a closed form where there is one, and with the same draws against the plain twin's in every case."""
     model, x, _ = made(config_class, name)
+    plain, _, _ = made(LoraConfig, name)
+    names = ["first", "second"]
     if combination in ("linear", "dare_linear"):  # for equal ranks
-        model.add_adapter("third", config(config_class, name))
-        fill(model, "third", 4)
         names = ["first", "third"]
-    else:
-        names = ["first", "second"]
-    model.add_weighted_adapter(names, [0.5, 2.0], "mixed", combination_type=combination, density=0.5)
-    layers = [m for m in model.modules() if "mixed" in getattr(m, "lora_B", {})]
-    assert len(layers) == 2 and all(layer.get_delta_weight("mixed").isfinite().all() for layer in layers)
-    if combination in ("cat", "svd"):
-        for layer in layers:
-            deltas = [layer.get_delta_weight(n) for n in names]
-            rank = layer.r["mixed"]
+        for m, kind in ((model, config_class), (plain, LoraConfig)):
+            m.add_adapter("third", config(kind, name))
+        fill(model, "third", 4)
+    plain.load_state_dict({n: t for n, t in model.state_dict().items() if "lora_log_std" not in n})
+    layers, twins = [], []
+    for m, found in ((model, layers), (plain, twins)):
+        torch.manual_seed(5)  # dare draws what it leaves out
+        m.add_weighted_adapter(names, [0.5, 2.0], "mixed", combination_type=combination, density=0.5)
+        found += [module for module in m.modules() if "mixed" in getattr(module, "lora_B", {})]
+    assert len(layers) == 2
+    for layer, twin in zip(layers, twins, strict=True):
+        mixed, rank = layer.get_delta_weight("mixed").flatten(1), layer.r["mixed"]
+        torch.testing.assert_close(mixed, twin.get_delta_weight("mixed").flatten(1), atol=1e-6, rtol=0)
+        if combination in ("cat", "svd"):
             assert combination == "svd" or rank == sum(layer.r[n] for n in names)
-            total = 0.5 * deltas[0] + 2.0 * deltas[1]
-            left, values, right = torch.linalg.svd(total.flatten(1), full_matrices=False)
+            first, second = (layer.get_delta_weight(n) for n in names)
+            left, values, right = torch.linalg.svd((0.5 * first + 2.0 * second).flatten(1), full_matrices=False)
             best = (left[:, :rank] * values[:rank]) @ right[:rank]
-            torch.testing.assert_close(layer.get_delta_weight("mixed").flatten(1), best, atol=1e-4, rtol=0)
+            torch.testing.assert_close(mixed, best, atol=1e-4, rtol=0)
+        if combination == "linear":  # of the factors: beside w s B A of each there are the products across
+            roots = [(weight * layer.scaling[n]) ** 0.5 for n, weight in zip(names, (0.5, 2.0), strict=True)]
+            factors = [
+                sum(root * part[n].weight.flatten(1) for n, root in zip(names, roots, strict=True))
+                for part in (layer.lora_B, layer.lora_A)
+            ]
+            torch.testing.assert_close(mixed, factors[0] @ factors[1], atol=1e-5, rtol=0)
     assert output_of(model, "mixed", x).isfinite().all()
 
 
