@@ -1,6 +1,7 @@
 """The service over HTTP against loading each adapter anew, and in a real browser where there is one."""
 
 import asyncio
+import functools
 import io
 import shutil
 import sys
@@ -17,6 +18,7 @@ from conftest import saved_adapter, tiny_text_pipeline, tiny_unet
 from diffusers import DDPMScheduler
 from fastapi.testclient import TestClient
 from PIL import Image
+from torch import nn
 
 from vdu_peft.adapter import AdapterError, load_adapter
 from vdu_peft.denoiser import Denoiser
@@ -198,22 +200,40 @@ def test_health_and_metrics(client):
     assert "vdu_swap_seconds_count 1.0" in metrics and "vdu_generate_seconds_count 3.0" in metrics
 
 
-@pytest.mark.slow  # half a minute of tracing; test_hotswap.py counts the compilations of the swap itself
-def test_a_compiled_model_serves_any_adapter_without_compiling_again(folder):
+class OneConvolution(nn.Module):
+    """The smallest denoiser: a UNet's tracing takes half a minute."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x_t, timesteps):
+        return self.layer(x_t)
+
+
+def test_a_compiled_model_serves_any_adapter_without_compiling_again(tmp_path, monkeypatch):
     from torch._dynamo.testing import CompileCounter
 
+    saved_adapter(tmp_path / "adapters" / "ones", 1, OneConvolution(), r=2)
+    saved_adapter(tmp_path / "adapters" / "sevens", 2, OneConvolution(), r=4, lora_alpha=2)
     torch.compiler.reset()
-    service = Service(denoiser(), AdapterFolder(folder), compile=False)
     counter = CompileCounter()
-    service.denoiser.model = torch.compile(service.peft_model, backend=counter, dynamic=True)
-    client = TestClient(create_app(service))
-    for adapter in ("ones", None):  # with and without an adapter are two programs
-        client.post("/generate", json={**REQUEST, "adapter": adapter})
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    tiny = Denoiser(OneConvolution(), DDPMScheduler(), image_size=(8, 8), channels=1)
+    client = TestClient(create_app(Service(tiny, AdapterFolder(tmp_path / "adapters"))))
+
+    def images(**change):
+        response = client.post("/generate", json={**REQUEST, **change})
+        assert response.status_code == 200
+        return response.content
+
+    drawn = {adapter: images(adapter=adapter) for adapter in ("ones", None)}  # these two are two programs
     compiled = counter.frame_count
     assert compiled > 0
     changes = [{"adapter": "sevens"}, {}, {"adapter": "ones", "scale": 0.5}, {"adapter": "sevens", "n": 5}]
-    for change in changes:
-        assert client.post("/generate", json={**REQUEST, **change}).status_code == 200
+    assert len({*drawn.values(), *(images(**change) for change in changes)}) == 5  # the base's twice
+    assert images(adapter="ones") == drawn["ones"]
     assert counter.frame_count == compiled
 
 
