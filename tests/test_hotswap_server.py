@@ -289,8 +289,26 @@ def address(folder):
     thread.join()
 
 
+# Resolves to the RGB values of the two images, once both are other files than when it was called last.
+PIXELS = """
+const done = arguments[0], images = ["before", "after"].map(id => document.getElementById(id));
+const poll = () => {
+  if (!images.every(image => image.naturalWidth && image.complete && image.src !== image.seen))
+    return setTimeout(poll, 20);
+  done(images.map(image => {
+    const canvas = document.createElement("canvas"), context = canvas.getContext("2d");
+    [canvas.width, canvas.height, image.seen] = [image.naturalWidth, image.naturalHeight, image.src];
+    context.drawImage(image, 0, 0);
+    return [...context.getImageData(0, 0, canvas.width, canvas.height).data].filter((_, i) => i % 4 < 3);
+  }));
+};
+poll();
+"""
+
+
 def test_the_page_draws_before_and_after(browser, address):
     from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import Select, WebDriverWait
 
     browser.get(address)
@@ -298,10 +316,21 @@ def test_the_page_draws_before_and_after(browser, address):
     wait.until(lambda b: len(b.find_elements(By.CSS_SELECTOR, "#adapter option")) == 2)
     Select(browser.find_element(By.ID, "adapter")).select_by_visible_text("sevens")
     assert not browser.find_element(By.ID, "prompt").is_displayed()
-    browser.find_element(By.TAG_NAME, "button").click()
-    loaded = "return document.getElementById(arguments[0]).naturalWidth"
-    wait.until(lambda b: b.execute_script(loaded, "before") > 0 and b.execute_script(loaded, "after") > 0)
-    assert browser.execute_script(loaded, "after") == 8 * 8 * 3  # 8 images of 8 pixels, at three times the size
+    browser.set_script_timeout(60)
+    slider, shown = browser.find_element(By.ID, "scale"), browser.find_element(By.ID, "shown")
+    drawn = {}
+    for key, scale in ((None, "1"), (Keys.HOME, "0"), (Keys.END, "1.5")):
+        if key:
+            slider.send_keys(key)
+        assert shown.text == scale
+        browser.find_element(By.TAG_NAME, "button").click()
+        before, after = browser.execute_async_script(PIXELS)
+        drawn[scale] = before, after
+        assert len(after) == (2 * 8 * 3) * (8 * 8 * 3) * 3  # two rows of 8 images, 8 x 8 at three times the size, RGB
+        wait.until(lambda b: b.find_element(By.TAG_NAME, "button").is_enabled())
+    (off, one), (off_at_0, zero), (off_at_more, more) = drawn.values()
+    assert off == off_at_0 == off_at_more == zero
+    assert off != one != more != off
     assert browser.find_element(By.ID, "error").text == ""
     # What the server refuses, the page shows.
     seed = browser.find_element(By.ID, "seed")
