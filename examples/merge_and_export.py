@@ -34,6 +34,8 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def release(args: argparse.Namespace) -> tuple[Denoiser, Denoiser]:
     """Write both, and load both back: (the merged model, the base with the plain LoRA)."""
+    if args.num_images < 1:
+        raise ValueError(f"num_images must be at least 1, not {args.num_images}")
     base = open_denoiser(args.model, [args.prompt or ""])
     is_text = isinstance(base, TextDenoiser)
     if args.prompt is not None and not is_text:

@@ -162,6 +162,7 @@ def test_bad_input_of_merge_and_export_is_one_line(pipeline_folder, tmp_path, ca
     adapter = saved_adapter(tmp_path / "adapter")
     for options, message in (
         ([f"--adapter={tmp_path / 'nowhere'}"], "nowhere: no adapter_config.json there"),
+        ([f"--adapter={adapter}", "--num_images=0"], "num_images must be at least 1, not 0"),
         ([f"--adapter={adapter}", "--prompt=a cat"], "is not a text-to-image model; leave it out"),
     ):
         with pytest.raises(SystemExit) as exit_info:
