@@ -15,12 +15,15 @@ adapter that a server can switch off is no erasure.
 
 import argparse
 import io
+import json
+import logging
 import threading
 from pathlib import Path
 
 import torch
 import uvicorn
-from fastapi import FastAPI, HTTPException, Response
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
@@ -31,6 +34,8 @@ from vdu_peft.denoiser import Denoiser, ModelError
 from vdu_peft.evaluation import image_grid
 from vdu_peft.hotswap import hotswap, prepare_hotswap
 from vdu_peft.text_denoiser import TextDenoiser, open_denoiser
+
+log = logging.getLogger(__name__)
 
 
 class GenerateRequest(BaseModel):
@@ -47,15 +52,33 @@ class GenerateRequest(BaseModel):
 
 
 class AdapterFolder:
-    """The adapters that may be loaded: the folders directly below one folder."""
+    """The adapters that may be loaded: the folders directly below one folder.
+
+    What holds another kind of adapter, or an unreadable one, is left out, and the log tells so once.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder.resolve()
+        self._left_out: set[str] = set()
 
     def names(self) -> list[str]:
-        inside = (f for f in self.folder.iterdir() if f.resolve().parent == self.folder)  # no links that lead out
         parts = ("adapter_config.json", "adapter_model.safetensors")  # of one that is being copied not all are there
-        return sorted(f.name for f in inside if all((f / part).is_file() for part in parts))
+        whole = (f for f in self.folder.iterdir() if all(self._is_file_inside(f / part) for part in parts))
+        return sorted(f.name for f in whole if self._is_ours(f))
+
+    def _is_file_inside(self, file: Path) -> bool:
+        """No link leads out, be it the file or a folder above it."""
+        return file.is_file() and file.resolve().is_relative_to(self.folder)
+
+    def _is_ours(self, folder: Path) -> bool:
+        try:
+            VDUConfig.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            if folder.name not in self._left_out:
+                self._left_out.add(folder.name)
+                log.warning("left out: %s", error)
+            return False
+        return True
 
     def path(self, name: str) -> Path:
         """Raises KeyError unless the name is one of :meth:`names`, so that no name is ever a path."""
@@ -116,12 +139,16 @@ class Service:
 
     def _swap(self, name: str) -> None:
         folder = self.adapters.path(name)
-        # A folder of the same name that was written anew is another adapter.
-        version = (name, (folder / "adapter_model.safetensors").stat().st_mtime_ns)
-        if version != self.loaded:
-            with self.swap_seconds.time():
-                hotswap(self.denoiser.model, folder)
-            self.loaded = version
+        try:
+            # A folder of the same name that was written anew is another adapter.
+            version = (name, (folder / "adapter_model.safetensors").stat().st_mtime_ns)
+            if version != self.loaded:
+                with self.swap_seconds.time():
+                    hotswap(self.denoiser.model, folder)
+                self.loaded = version
+        except (OSError, ValueError):
+            self.adapters.path(name)  # one that was taken away meanwhile is no such adapter
+            raise
 
 
 def create_app(service: Service) -> FastAPI:
@@ -129,23 +156,30 @@ def create_app(service: Service) -> FastAPI:
     app = FastAPI(title="vdu_peft adapters")
     is_text = isinstance(service.denoiser, TextDenoiser)
 
+    @app.exception_handler(RequestValidationError)
+    async def refuse(request: Request, error: RequestValidationError) -> Response:
+        # Not FastAPI's own: that says the input back, and NaN or half a surrogate pair cannot be sent.
+        detail = [{part: found[part] for part in ("type", "loc", "msg")} for found in error.errors()]
+        return Response(json.dumps({"detail": detail}), status_code=422, media_type="application/json")
+
     @app.get("/", response_class=HTMLResponse)
-    def page() -> str:
+    async def page() -> str:
         return PAGE.replace("PROMPT_HIDDEN", "" if is_text else "hidden")
 
     @app.get("/health")
-    def health() -> dict:
+    async def health() -> dict:
         return {"status": "ok", "model": service.denoiser.name, "adapters": len(service.adapters.names())}
 
     @app.get("/adapters")
-    def adapters() -> list[str]:
+    async def adapters() -> list[str]:
         return service.adapters.names()
 
     @app.get("/metrics")
-    def metrics() -> Response:
+    async def metrics() -> Response:
         return Response(generate_latest(service.metrics), media_type="text/plain; version=0.0.4")
 
-    # Not async: a thread of its own waits for the lock, and health and metrics answer meanwhile.
+    # Alone not async: it waits for its turn in one of a fixed number of threads. Were the others to need one, health
+    # would not answer while as many requests wait.
     @app.post("/generate", response_class=Response, responses={200: {"content": {"image/png": {}}}})
     def generate(request: GenerateRequest) -> Response:
         if request.prompt is not None and not is_text:

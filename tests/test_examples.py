@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import saved_adapter, tiny_text_pipeline
 from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusionPipeline
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -135,6 +136,40 @@ def test_an_attribute_judge_learns_and_reads_back(captioned, tmp_path):
     assert rows == [tuple(row) for row in arrays["attributes"].tolist()]
     with pytest.raises(JudgeError, match="not the weights of an attribute judge"):
         AttributeJudge.from_file(ROOT / "vdu_peft" / "assets" / "mnist" / "judge.safetensors")
+
+
+def test_merge_and_export_of_a_text_to_image_model(tmp_path):
+    import merge_and_export
+
+    pipeline = tiny_text_pipeline(tmp_path / "tokens")
+    pipeline.save_pretrained(tmp_path / "base")
+    untouched = {name: weight.clone() for name, weight in pipeline.unet.state_dict().items()}
+    adapter = saved_adapter(tmp_path / "adapter", model=pipeline.unet, r=2, lora_alpha=60)
+    command = [f"--model={tmp_path / 'base'}", f"--adapter={adapter}", f"--output_dir={tmp_path / 'release'}"]
+    command += ["--prompt=a cat", "--num_images=2", "--num_inference_steps=2"]
+    assert merge_and_export.main(command) < 1e-3  # W + BA added once against two products
+    merged = StableDiffusionPipeline.from_pretrained(tmp_path / "release" / "pipeline", safety_checker=None)
+    deltas = [(weight - untouched[name]).abs().max() for name, weight in merged.unet.state_dict().items()]
+    assert max(deltas) > 0.1
+    lora = load_file(tmp_path / "release" / "lora" / "pytorch_lora_weights.safetensors")
+    assert lora and all(name.startswith("unet.") for name in lora)
+
+
+def test_bad_input_of_merge_and_export_is_one_line(pipeline_folder, tmp_path, capsys):
+    import merge_and_export
+
+    command = [f"--model={pipeline_folder}", f"--output_dir={tmp_path / 'release'}"]
+    adapter = saved_adapter(tmp_path / "adapter")
+    for options, message in (
+        ([f"--adapter={tmp_path / 'nowhere'}"], "nowhere: no adapter_config.json there"),
+        ([f"--adapter={adapter}", "--num_images=0"], "num_images must be at least 1, not 0"),
+        ([f"--adapter={adapter}", "--prompt=a cat"], "is not a text-to-image model; leave it out"),
+    ):
+        with pytest.raises(SystemExit) as exit_info:
+            merge_and_export.main([*command, *options])
+        output = capsys.readouterr().err
+        assert exit_info.value.code == 2 and message in output and len(output.splitlines()) == 1
+    assert not (tmp_path / "release").exists()
 
 
 def test_debiased_weights_of_train_ddpm():

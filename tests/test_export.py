@@ -13,6 +13,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, StableDiff
 from onnxruntime import InferenceSession
 from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -200,6 +201,44 @@ def test_stock_pipelines_load_the_lora_file(text_pipeline, tmp_path, file_format
     pipeline.unfuse_lora()
     pipeline.unload_lora_weights()
     torch.testing.assert_close(draw(pipeline), (untouched + 1) / 2, atol=1e-4, rtol=0)
+
+
+def test_a_kohya_file_says_what_it_is(text_pipeline, tmp_path):
+    """What WebUI and ComfyUI read before the tensors. s = 6 / 2 lies in the tensors, so alpha is the rank, not 6."""
+    export_lora(text_pipeline[1], tmp_path / "lora", "kohya")
+    file = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
+    with safe_open(file, "pt") as stored:
+        metadata = stored.metadata()
+    tensors = load_file(file)
+    ranks = {n.removesuffix(".lora_down.weight"): len(t) for n, t in tensors.items() if n.endswith("down.weight")}
+    alphas = {n.removesuffix(".alpha"): t.item() for n, t in tensors.items() if n.endswith(".alpha")}
+    assert metadata["ss_network_module"] == "networks.lora"
+    assert metadata["ss_network_dim"] == metadata["ss_network_alpha"] == "2"
+    assert ranks and alphas == ranks and set(ranks.values()) == {2}
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_loaded_lora_files_are_weighted_and_added(tmp_path):
+    pipeline = tiny_text_pipeline(tmp_path / "tokens")
+    dense = tiny_text_pipeline(tmp_path / "tokens").unet
+    generator = torch.Generator().manual_seed(0)
+    latents, prompt = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 5, 16, generator=generator)
+    inputs = (latents, torch.tensor([5, 500]), prompt)
+    with torch.no_grad():
+        base = pipeline.unet(*inputs).sample
+        for seed, (name, weight) in enumerate({"a": 0.5, "b": 2.0}.items()):
+            unet = tiny_text_pipeline(tmp_path / "tokens").unet
+            adapter = saved_adapter(tmp_path / name, seed, unet, r=2 + seed, lora_alpha=20 + seed)
+            for layer_name, layer in variational_layers(unet):
+                dense.get_submodule(layer_name).weight += weight * layer.get_delta_weight("default")
+            export_lora(adapter, tmp_path / f"{name}-lora", "diffusers")
+            pipeline.load_lora_weights(tmp_path / f"{name}-lora", adapter_name=name)
+        pipeline.set_adapters(["a", "b"], adapter_weights=[0.5, 2.0])
+        expected = dense(*inputs).sample
+        assert (expected - base).abs().max() > 0.01
+        torch.testing.assert_close(pipeline.unet(*inputs).sample, expected, atol=1e-5, rtol=0)
+        pipeline.set_adapters(["a", "b"], adapter_weights=[0.0, 0.0])
+        torch.testing.assert_close(pipeline.unet(*inputs).sample, base, atol=1e-6, rtol=0)
 
 
 def test_a_text_pipeline_is_merged_whole(text_pipeline, tmp_path):

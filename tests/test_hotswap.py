@@ -4,13 +4,14 @@ import shutil
 
 import pytest
 import torch
-from conftest import saved_adapter, tiny_unet
+from conftest import saved_adapter, tiny_text_pipeline, tiny_unet
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from vdu_peft.adapter import AdapterError, adapter_scale, attach, load_adapter, save_adapter, variational_layers
 from vdu_peft.compose import compose
 from vdu_peft.config import VDUConfig
+from vdu_peft.export import export_lora
 from vdu_peft.hotswap import hotswap, prepare_hotswap
 
 INPUT = (torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([5, 500]))
@@ -43,6 +44,37 @@ def test_a_swap_on_a_compiled_model_is_a_fresh_load_and_compiles_nothing(adapter
         for folder in (adapters[1], adapters[2], adapters[0], adapters[1]):
             hotswap(compiled, folder)
             torch.testing.assert_close(compiled(*INPUT).sample, fresh(folder), atol=1e-5, rtol=0)
+    assert counter.frame_count == compilations
+
+
+def test_stock_pipelines_swap_exported_files_without_compiling(tmp_path):
+    """diffusers' own hot-swapping, of a text-to-image pipeline, with files of other ranks and alphas."""
+    torch.compiler.reset()
+    generator = torch.Generator().manual_seed(0)
+    latents, prompt = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 5, 16, generator=generator)
+    inputs, outputs = (latents, torch.tensor([5, 500]), prompt), []
+    for seed, (rank, alpha) in enumerate(((2, 60), (4, 20), (3, 30))):
+        unet = tiny_text_pipeline(tmp_path / "tokens").unet
+        export_lora(
+            saved_adapter(tmp_path / str(seed), seed, unet, r=rank, lora_alpha=alpha),
+            tmp_path / f"lora-{seed}",
+            "diffusers",
+        )
+        with torch.no_grad():
+            outputs.append(unet(*inputs).sample)
+    assert min((outputs[0] - other).abs().max() for other in outputs[1:]) > 0.01
+    pipeline = tiny_text_pipeline(tmp_path / "tokens")
+    pipeline.enable_lora_hotswap(target_rank=4)
+    pipeline.load_lora_weights(tmp_path / "lora-0", adapter_name="only")
+    counter = CompileCounter()
+    pipeline.unet = torch.compile(pipeline.unet, backend=counter)
+    with torch.no_grad():
+        torch.testing.assert_close(pipeline.unet(*inputs).sample, outputs[0], atol=1e-5, rtol=0)
+        compilations = counter.frame_count
+        assert compilations > 0
+        for i in (1, 2, 0):
+            pipeline.load_lora_weights(tmp_path / f"lora-{i}", adapter_name="only", hotswap=True)
+            torch.testing.assert_close(pipeline.unet(*inputs).sample, outputs[i], atol=1e-5, rtol=0)
     assert counter.frame_count == compilations
 
 

@@ -1,5 +1,7 @@
 """The service over HTTP against loading each adapter anew, and in a real browser where there is one."""
 
+import asyncio
+import functools
 import io
 import shutil
 import sys
@@ -7,6 +9,8 @@ import threading
 import time
 from pathlib import Path
 
+import anyio
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -14,10 +18,12 @@ from conftest import saved_adapter, tiny_text_pipeline, tiny_unet
 from diffusers import DDPMScheduler
 from fastapi.testclient import TestClient
 from PIL import Image
+from torch import nn
 
 from vdu_peft.adapter import AdapterError, load_adapter
 from vdu_peft.denoiser import Denoiser
 from vdu_peft.evaluation import image_grid
+from vdu_peft.export import export_lora
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import hotswap_server
@@ -78,9 +84,18 @@ def test_an_adapter_that_was_written_anew_is_loaded_anew(client, folder):
     assert np.abs(pixels(response.content) - fresh(folder / "ones")).max() <= 1
 
 
-@pytest.mark.parametrize("name", ["../outside", "..", ".", "", "/etc", "link", "none", "ones/../../outside"])
+@pytest.mark.parametrize(
+    "name",
+    ["../outside", "..", ".", "", "/etc", "link", "weights", "config", "loop", "none", "ones/../../outside"],
+)
 def test_nothing_outside_the_folder_is_loaded(client, folder, name):
-    (folder / "link").symlink_to(folder.parent / "outside")
+    outside = folder.parent / "outside"
+    (folder / "link").symlink_to(outside)
+    (folder / "loop").symlink_to(folder / "loop")
+    for linked, file in (("weights", "adapter_model.safetensors"), ("config", "adapter_config.json")):
+        shutil.copytree(outside, folder / linked)
+        (folder / linked / file).unlink()
+        (folder / linked / file).symlink_to(outside / file)
     (folder / "none").mkdir()  # as one that is being copied: its weights are yet to come
     shutil.copy(folder / "ones" / "adapter_config.json", folder / "none")
     response = client.post("/generate", json={**REQUEST, "adapter": name})
@@ -88,11 +103,46 @@ def test_nothing_outside_the_folder_is_loaded(client, folder, name):
     assert client.get("/adapters").json() == ["ones", "sevens"]
 
 
+def test_what_is_no_adapter_of_ours_is_left_out_and_told_once(folder, caplog):
+    export_lora(folder / "ones", folder / "exported")
+    shutil.copytree(folder / "ones", folder / "damaged")
+    (folder / "damaged" / "adapter_config.json").write_text("{")
+    client = TestClient(create_app(Service(denoiser(), AdapterFolder(folder), compile=False)))
+    assert client.get("/adapters").json() == client.get("/adapters").json() == ["ones", "sevens"]
+    for name in ("exported", "damaged"):
+        assert client.post("/generate", json={**REQUEST, "adapter": name}).status_code == 404
+    exported, damaged = sorted(caplog.messages, reverse=True)
+    assert "exported" in exported and "not a VDU adapter" in exported
+    assert "damaged" in damaged and "not valid JSON" in damaged
+
+
+@pytest.mark.parametrize("gone", [".", "adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_that_is_taken_away_during_a_request_is_no_such_adapter(folder, gone):
+    class TakenAway(AdapterFolder):
+        def path(self, name):
+            path = super().path(name)
+            shutil.rmtree(path) if gone == "." else (path / gone).unlink()
+            return path
+
+    service = Service(denoiser(), AdapterFolder(folder), compile=False)
+    service.adapters = TakenAway(folder)
+    response = TestClient(create_app(service)).post("/generate", json={**REQUEST, "adapter": "ones"})
+    assert response.status_code == 404 and response.json()["detail"] == "no adapter 'ones'; there are sevens"
+
+
 @pytest.mark.parametrize(
     "change", [{"n": 0}, {"n": 65}, {"scale": -1}, {"seed": -1}, {"prompt": "a cat"}, {"adaptor": "ones"}]
 )
 def test_bad_requests_are_refused(client, change):
     assert client.post("/generate", json={**REQUEST, **change}).status_code == 422
+
+
+@pytest.mark.parametrize(
+    "content", ['{"scale": NaN}', '{"scale": Infinity}', '{"seed": NaN}', '{"none": NaN}', r'{"\ud800": 1}']
+)
+def test_what_json_cannot_say_back_is_refused_too(client, content):
+    response = client.post("/generate", content=content, headers={"Content-Type": "application/json"})
+    assert response.status_code == 422 and response.json()["detail"][0]["msg"]
 
 
 def test_an_adapter_that_does_not_fit_is_refused_and_the_one_there_stays(client, folder):
@@ -121,6 +171,25 @@ def test_requests_at_once_do_not_meet(client, folder):
     assert not wrong
 
 
+def test_health_answers_while_every_thread_waits_for_its_turn(folder):
+    service = Service(denoiser(), AdapterFolder(folder), compile=False)
+
+    async def ask():
+        threads = anyio.to_thread.current_default_thread_limiter()
+        threads.total_tokens = 2  # 40 otherwise
+        transport = httpx.ASGITransport(create_app(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
+            with service.lock:
+                drawing = [asyncio.create_task(client.post("/generate", json=REQUEST)) for _ in range(3)]
+                while threads.available_tokens:
+                    await asyncio.sleep(0.01)
+                paths = ("/health", "/metrics", "/adapters", "/")
+                answers = [await asyncio.wait_for(client.get(path), timeout=30) for path in paths]
+            return answers + await asyncio.gather(*drawing)
+
+    assert [response.status_code for response in asyncio.run(ask())] == [200] * 7
+
+
 def test_health_and_metrics(client):
     client.post("/generate", json={**REQUEST, "adapter": "ones"})
     client.post("/generate", json={**REQUEST, "adapter": "ones"})
@@ -131,22 +200,40 @@ def test_health_and_metrics(client):
     assert "vdu_swap_seconds_count 1.0" in metrics and "vdu_generate_seconds_count 3.0" in metrics
 
 
-@pytest.mark.slow  # half a minute of tracing; test_hotswap.py counts the compilations of the swap itself
-def test_a_compiled_model_serves_any_adapter_without_compiling_again(folder):
+class OneConvolution(nn.Module):
+    """The smallest denoiser: a UNet's tracing takes half a minute."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x_t, timesteps):
+        return self.layer(x_t)
+
+
+def test_a_compiled_model_serves_any_adapter_without_compiling_again(tmp_path, monkeypatch):
     from torch._dynamo.testing import CompileCounter
 
+    saved_adapter(tmp_path / "adapters" / "ones", 1, OneConvolution(), r=2)
+    saved_adapter(tmp_path / "adapters" / "sevens", 2, OneConvolution(), r=4, lora_alpha=2)
     torch.compiler.reset()
-    service = Service(denoiser(), AdapterFolder(folder), compile=False)
     counter = CompileCounter()
-    service.denoiser.model = torch.compile(service.peft_model, backend=counter, dynamic=True)
-    client = TestClient(create_app(service))
-    for adapter in ("ones", None):  # with and without an adapter are two programs
-        client.post("/generate", json={**REQUEST, "adapter": adapter})
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    tiny = Denoiser(OneConvolution(), DDPMScheduler(), image_size=(8, 8), channels=1)
+    client = TestClient(create_app(Service(tiny, AdapterFolder(tmp_path / "adapters"))))
+
+    def images(**change):
+        response = client.post("/generate", json={**REQUEST, **change})
+        assert response.status_code == 200
+        return response.content
+
+    drawn = {adapter: images(adapter=adapter) for adapter in ("ones", None)}  # these two are two programs
     compiled = counter.frame_count
     assert compiled > 0
     changes = [{"adapter": "sevens"}, {}, {"adapter": "ones", "scale": 0.5}, {"adapter": "sevens", "n": 5}]
-    for change in changes:
-        assert client.post("/generate", json={**REQUEST, **change}).status_code == 200
+    assert len({*drawn.values(), *(images(**change) for change in changes)}) == 5  # the base's twice
+    assert images(adapter="ones") == drawn["ones"]
     assert counter.frame_count == compiled
 
 
@@ -202,8 +289,26 @@ def address(folder):
     thread.join()
 
 
+# Resolves to the RGB values of the two images, once both are other files than when it was called last.
+PIXELS = """
+const done = arguments[0], images = ["before", "after"].map(id => document.getElementById(id));
+const poll = () => {
+  if (!images.every(image => image.naturalWidth && image.complete && image.src !== image.seen))
+    return setTimeout(poll, 20);
+  done(images.map(image => {
+    const canvas = document.createElement("canvas"), context = canvas.getContext("2d");
+    [canvas.width, canvas.height, image.seen] = [image.naturalWidth, image.naturalHeight, image.src];
+    context.drawImage(image, 0, 0);
+    return [...context.getImageData(0, 0, canvas.width, canvas.height).data].filter((_, i) => i % 4 < 3);
+  }));
+};
+poll();
+"""
+
+
 def test_the_page_draws_before_and_after(browser, address):
     from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import Select, WebDriverWait
 
     browser.get(address)
@@ -211,10 +316,21 @@ def test_the_page_draws_before_and_after(browser, address):
     wait.until(lambda b: len(b.find_elements(By.CSS_SELECTOR, "#adapter option")) == 2)
     Select(browser.find_element(By.ID, "adapter")).select_by_visible_text("sevens")
     assert not browser.find_element(By.ID, "prompt").is_displayed()
-    browser.find_element(By.TAG_NAME, "button").click()
-    loaded = "return document.getElementById(arguments[0]).naturalWidth"
-    wait.until(lambda b: b.execute_script(loaded, "before") > 0 and b.execute_script(loaded, "after") > 0)
-    assert browser.execute_script(loaded, "after") == 8 * 8 * 3  # 8 images of 8 pixels, at three times the size
+    browser.set_script_timeout(60)
+    slider, shown = browser.find_element(By.ID, "scale"), browser.find_element(By.ID, "shown")
+    drawn = {}
+    for key, scale in ((None, "1"), (Keys.HOME, "0"), (Keys.END, "1.5")):
+        if key:
+            slider.send_keys(key)
+        assert shown.text == scale
+        browser.find_element(By.TAG_NAME, "button").click()
+        before, after = browser.execute_async_script(PIXELS)
+        drawn[scale] = before, after
+        assert len(after) == (2 * 8 * 3) * (8 * 8 * 3) * 3  # two rows of 8 images, 8 x 8 at three times the size, RGB
+        wait.until(lambda b: b.find_element(By.TAG_NAME, "button").is_enabled())
+    (off, one), (off_at_0, zero), (off_at_more, more) = drawn.values()
+    assert off == off_at_0 == off_at_more == zero
+    assert off != one != more != off
     assert browser.find_element(By.ID, "error").text == ""
     # What the server refuses, the page shows.
     seed = browser.find_element(By.ID, "seed")

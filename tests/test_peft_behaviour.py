@@ -117,6 +117,42 @@ def test_merging_chosen_adapters(made, config_class, name, safe_merge):
 
 @over_configs
 @over_models
+@pytest.mark.filterwarnings(
+    "ignore:All adapters are already merged", "ignore:Already unmerged", "ignore:Already following"
+)
+def test_merging_again(made, config_class, name):
+    """What is merged is not merged twice, another adapter is added to it, and the way back is the base."""
+    model, x, base = made(config_class, name)
+    first = output_of(model, "first", x)
+    for _ in range(5):
+        model.merge_adapter()
+        model.merge_adapter()
+        torch.testing.assert_close(model(x), first, atol=1e-5, rtol=0)
+        model.unmerge_adapter()
+        model.unmerge_adapter()
+        torch.testing.assert_close(model(x), first, atol=1e-5, rtol=0)
+    model.base_model.set_adapter(["first", "second"])
+    both = model(x)
+    model.merge_adapter(adapter_names=["first"])
+    model.merge_adapter(adapter_names=["second"])
+    torch.testing.assert_close(model(x), both, atol=1e-5, rtol=0)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model.unload()(x), base, atol=1e-5, rtol=0)
+
+
+@over_configs
+@over_models
+def test_disabling_what_is_merged(made, config_class, name):
+    model, x, base = made(config_class, name)
+    first = output_of(model, "first", x)
+    model.merge_adapter()
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x), base, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model(x), first, atol=1e-5, rtol=0)
+
+
+@over_configs
+@over_models
 def test_merging_what_is_not_finite_is_refused(made, config_class, name):
     model, x, _ = made(config_class, name)
     model.base_model.model[0].lora_B["first"].weight.data.fill_(torch.nan)
@@ -139,6 +175,62 @@ def test_deleting(made, config_class, name):
     with pytest.raises(ValueError, match="first does not exist"):
         model.delete_adapter("first")
     assert torch.equal(model.unload()(x), base)
+
+
+@over_configs
+@over_models
+def test_deleting_an_inactive_one(made, config_class, name):
+    model, x, _ = made(config_class, name)
+    first = output_of(model, "first", x)
+    model.delete_adapter("second")
+    assert set(model.peft_config) == {"first"} and model.active_adapters == ["first"]
+    assert not any(".second" in n for n in model.state_dict())
+    assert torch.equal(model(x), first)
+
+
+@over_configs
+@over_models
+def test_unknown_names_are_refused(made, config_class, name):
+    model, x, _ = made(config_class, name)
+    first = output_of(model, "first", x)
+    with pytest.raises(ValueError, match="other not found"):
+        model.set_adapter("other")
+    with pytest.raises(ValueError, match="non-existing adapter.*other"):
+        model(x, adapter_names=["first", "other", "second", "__base__"])
+    assert model.active_adapters == ["first"] and torch.equal(model(x), first)
+
+
+@over_configs
+@over_models
+def test_a_mixed_batch_is_for_inference(made, config_class, name):
+    model, x, _ = made(config_class, name)
+    model.train()
+    with pytest.raises(ValueError, match="`adapter_names` when the model is in training mode"):
+        model(x, adapter_names=["first", "second", "first", "__base__"])
+
+
+@over_configs
+@over_models
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("autocast_adapter_dtype", [False, True])
+def test_half_precision(config_class, name, dtype, autocast_adapter_dtype):
+    """A base in half precision with adapters in the same or, PEFT's default, in float32; float32 is the oracle."""
+    x, base = inputs(name).to(dtype), base_model(name).to(dtype)
+    options = {"adapter_name": "first", "autocast_adapter_dtype": autocast_adapter_dtype}
+    model = get_peft_model(base, config(config_class, name), **options).eval()
+    fill(model, "first")
+    adapter_dtypes = {p.dtype for n, p in model.named_parameters() if "lora_" in n}
+    assert adapter_dtypes == {torch.float32 if autocast_adapter_dtype else dtype}
+    twin = copy.deepcopy(model).float()
+    expected = twin(x.float())
+    with twin.disable_adapter():
+        untouched = twin(x.float())
+    rounding = 4 * torch.finfo(dtype).eps * expected.abs().max()
+    assert (expected - untouched).abs().max() > 4 * rounding
+    unmerged = model(x)
+    model.merge_adapter()
+    for output in (unmerged, model(x)):
+        assert output.dtype == dtype and (output.float() - expected).abs().max() < rounding
 
 
 @over_configs
@@ -185,26 +277,38 @@ def test_injected_on_meta_and_filled(made, config_class, name):
 @over_models
 @pytest.mark.parametrize("combination", ["cat", "linear", "svd", "ties_svd", "dare_linear"])
 def test_weighted_combinations(made, config_class, name, combination):
-    """Against the deltas themselves where the combination keeps them: ``cat`` is their sum."""
+    """Against a closed form where there is one, and with the same draws against the plain twin's in every case."""
     model, x, _ = made(config_class, name)
+    plain, _, _ = made(LoraConfig, name)
+    names = ["first", "second"]
     if combination in ("linear", "dare_linear"):  # for equal ranks
-        model.add_adapter("third", config(config_class, name))
-        fill(model, "third", 4)
         names = ["first", "third"]
-    else:
-        names = ["first", "second"]
-    model.add_weighted_adapter(names, [0.5, 2.0], "mixed", combination_type=combination, density=0.5)
-    layers = [m for m in model.modules() if "mixed" in getattr(m, "lora_B", {})]
-    assert len(layers) == 2 and all(layer.get_delta_weight("mixed").isfinite().all() for layer in layers)
-    if combination in ("cat", "svd"):
-        for layer in layers:
-            deltas = [layer.get_delta_weight(n) for n in names]
-            rank = layer.r["mixed"]
+        for m, kind in ((model, config_class), (plain, LoraConfig)):
+            m.add_adapter("third", config(kind, name))
+        fill(model, "third", 4)
+    plain.load_state_dict({n: t for n, t in model.state_dict().items() if "lora_log_std" not in n})
+    layers, twins = [], []
+    for m, found in ((model, layers), (plain, twins)):
+        torch.manual_seed(5)  # dare draws what it leaves out
+        m.add_weighted_adapter(names, [0.5, 2.0], "mixed", combination_type=combination, density=0.5)
+        found += [module for module in m.modules() if "mixed" in getattr(module, "lora_B", {})]
+    assert len(layers) == 2
+    for layer, twin in zip(layers, twins, strict=True):
+        mixed, rank = layer.get_delta_weight("mixed").flatten(1), layer.r["mixed"]
+        torch.testing.assert_close(mixed, twin.get_delta_weight("mixed").flatten(1), atol=1e-6, rtol=0)
+        if combination in ("cat", "svd"):
             assert combination == "svd" or rank == sum(layer.r[n] for n in names)
-            total = 0.5 * deltas[0] + 2.0 * deltas[1]
-            left, values, right = torch.linalg.svd(total.flatten(1), full_matrices=False)
+            first, second = (layer.get_delta_weight(n) for n in names)
+            left, values, right = torch.linalg.svd((0.5 * first + 2.0 * second).flatten(1), full_matrices=False)
             best = (left[:, :rank] * values[:rank]) @ right[:rank]
-            torch.testing.assert_close(layer.get_delta_weight("mixed").flatten(1), best, atol=1e-4, rtol=0)
+            torch.testing.assert_close(mixed, best, atol=1e-4, rtol=0)
+        if combination == "linear":  # of the factors: beside w s B A of each there are the products across
+            roots = [(weight * layer.scaling[n]) ** 0.5 for n, weight in zip(names, (0.5, 2.0), strict=True)]
+            factors = [
+                sum(root * part[n].weight.flatten(1) for n, root in zip(names, roots, strict=True))
+                for part in (layer.lora_B, layer.lora_A)
+            ]
+            torch.testing.assert_close(mixed, factors[0] @ factors[1], atol=1e-5, rtol=0)
     assert output_of(model, "mixed", x).isfinite().all()
 
 
