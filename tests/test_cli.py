@@ -228,6 +228,7 @@ def test_tensorboard_gets_every_term(unlearn_command, tmp_path):
         ("--target_modules=nothing_like_it", "target_modules"),
         ("--forget_target=1", "forget_target must be greater than 1"),
         ("--model=/nowhere", "/nowhere: no such folder"),
+        ("--model=./nowhere", "./nowhere: no such folder"),
         ("--forget_data=/nowhere", "/nowhere: no such folder"),
         ("--resume_from_checkpoint=latest", "no checkpoint to resume from"),
         ("--seed=-1", "seed must lie in"),

@@ -39,6 +39,12 @@ def test_a_single_file_is_told_what_to_do(tmp_path):
         Denoiser.from_pretrained(tmp_path / "sd15.safetensors")
 
 
+@pytest.mark.parametrize("path", ["./bse", "../bse", "bse/", "my models/bse", "bse"])
+def test_a_mistyped_relative_path_is_no_such_folder(path):
+    with pytest.raises(ModelError, match=f"^{path}: no such folder, and not a hub id"):
+        Denoiser.from_pretrained(path)
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_noise_pred_recovers_the_noise_from_a_perfect_model(prediction_type):
     torch.manual_seed(0)

@@ -58,10 +58,12 @@ def stored_dtype(unet_folder: Path) -> torch.dtype:
 def from_hub(repo_id: str) -> tuple[Path, Path | None]:
     """As :func:`check_folder`, of a hub model, whose configs and safetensors files alone are fetched."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         folder = snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors"])
+    except HFValidationError as error:  # a mistyped path with one slash in it, such as ./base
+        raise ModelError(f"{repo_id}: no such folder, and not a hub id of the form owner/name") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(f"{repo_id}: neither a local folder nor a hub model that can be reached") from error
     return check_folder(Path(folder))
