@@ -107,6 +107,24 @@ def test_a_scheduler_beside_a_bare_unet_is_read(tmp_path, unet):
     assert denoiser.scheduler.config.beta_schedule == "squaredcos_cap_v2"
 
 
+def test_the_unet_folder_of_a_pipeline_has_the_pipeline_s_scheduler(tmp_path, unet, monkeypatch):
+    scheduler = DDPMScheduler(prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2")
+    DDPMPipeline(unet, scheduler).save_pretrained(tmp_path)
+    monkeypatch.chdir(tmp_path / "unet")
+    for folder in (tmp_path / "unet", "."):
+        denoiser = Denoiser.from_pretrained(folder)
+        assert denoiser.prediction_type == "v_prediction"
+        assert denoiser.scheduler.config.beta_schedule == "squaredcos_cap_v2"
+
+
+def test_what_is_assumed_without_a_scheduler_is_said(tmp_path, unet, pipeline_folder, caplog):
+    Denoiser.from_pretrained(pipeline_folder)
+    assert not caplog.records
+    unet.save_pretrained(tmp_path / "bare")
+    assert Denoiser.from_pretrained(tmp_path / "bare").prediction_type == "epsilon"
+    assert "bare: no scheduler_config.json there; taken to predict the noise (epsilon)" in caplog.text
+
+
 def test_seeds_have_a_range(unet):
     denoiser = Denoiser(unet, DDPMScheduler())
     for seed in (-1, 20240101123456, [2**64]):

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from diffusers import (
     DDPMPipeline,
-    DDPMScheduler,
     DiffusionPipeline,
     FluxTransformer2DModel,
     SchedulerMixin,
@@ -97,7 +96,7 @@ class Denoiser:
             raise ModelError(
                 f"{unet_folder}: cannot be loaded as a UNet2DModel ({str(error).splitlines()[0]})"
             ) from error
-        denoiser = cls(unet.eval(), stored_scheduler(scheduler_folder) if scheduler_folder else DDPMScheduler())
+        denoiser = cls(unet.eval(), stored_scheduler(scheduler_folder, name_or_path))
         # What cards call it: a local path says nothing elsewhere, and names the machine it was on.
         denoiser.name = folder.resolve().name if folder.is_dir() else str(name_or_path)
         denoiser.stored_dtype = stored_dtype(unet_folder)
