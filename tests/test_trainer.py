@@ -184,6 +184,12 @@ def test_a_users_own_module(forget):
     assert len(unlearn(denoiser, forget, FAST, VDUConfig.for_model(denoiser.model, r=2)).history) == 6
 
 
+def test_a_tracker_that_is_not_installed_is_refused_first(pipeline_folder, forget, tmp_path):
+    with pytest.raises(ConfigError, match="report_to aim: its package is not installed"):
+        unlearn(pipeline_folder, forget, replace(FAST, report_to="aim"), output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_bad_forget_images_are_refused_first(pipeline_folder, forget):
     forget[3, 0, 0, 0] = float("nan")
     with pytest.raises(DataError, match="NaN"):

@@ -99,15 +99,7 @@ def unlearn(
     output_dir = Path(output_dir) if output_dir is not None else None
     if resume:
         check_resumable(output_dir, config)
-    # accelerate keeps one precision per process and refuses another: a second run may well want one.
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
-        AcceleratorState._reset_state()
-    try:
-        accelerator = Accelerator(
-            mixed_precision=config.mixed_precision, log_with=config.report_to, project_dir=output_dir
-        )
-    except ValueError as error:
-        raise ConfigError(f"mixed_precision {config.mixed_precision}, report_to {config.report_to}: {error}") from error
+    accelerator = _accelerator(config, output_dir)
     if output_dir is not None:
         output_dir.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written fails now, not after training
     bar_off = not accelerator.is_local_main_process
@@ -211,6 +203,26 @@ def unlearn(
     return UnlearnResult(
         peft_model, denoiser, history, status, len(replay), sum(p.numel() for p in parameters.values())
     )
+
+
+def _accelerator(config: UnlearnConfig, output_dir: Path | None) -> Accelerator:
+    """The run's Accelerator.
+
+    Raises:
+        ConfigError: a precision that the machine has not, or a tracker that is not there.
+    """
+    # accelerate keeps one precision per process and refuses another: a second run may well want one.
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
+        AcceleratorState._reset_state()
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision, log_with=config.report_to, project_dir=output_dir
+        )
+    except ValueError as error:
+        raise ConfigError(f"mixed_precision {config.mixed_precision}, report_to {config.report_to}: {error}") from error
+    if config.report_to and not accelerator.log_with:  # accelerate leaves out a tracker that is not installed
+        raise ConfigError(f"report_to {config.report_to}: its package is not installed; install it, or leave it out")
+    return accelerator
 
 
 def lr_factor(step: int, max_train_steps: int) -> float:
