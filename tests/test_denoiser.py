@@ -1,4 +1,5 @@
 import shutil
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -123,6 +124,19 @@ def test_what_is_assumed_without_a_scheduler_is_said(tmp_path, unet, pipeline_fo
     unet.save_pretrained(tmp_path / "bare")
     assert Denoiser.from_pretrained(tmp_path / "bare").prediction_type == "epsilon"
     assert "bare: no scheduler_config.json there; taken to predict the noise (epsilon)" in caplog.text
+
+
+def test_a_config_of_a_user_s_own_kind_is_not_read():
+    @dataclass
+    class Config:
+        sample_size: int = 8
+
+    model = nn.Conv2d(1, 1, 3, padding=1)
+    model.config = Config()
+    denoiser = Denoiser(model, DDPMScheduler(), image_size=(8, 4), channels=1)
+    assert denoiser.latent_shape == (1, 8, 4) and denoiser.num_classes is None
+    with pytest.raises(ModelError, match="pass image_size and channels"):
+        Denoiser(model, DDPMScheduler())
 
 
 def test_seeds_have_a_range(unet):

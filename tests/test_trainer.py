@@ -180,7 +180,9 @@ def test_a_users_own_module(forget):
             return self.outer(torch.tanh(self.inner(x_t)))
 
     torch.manual_seed(0)
-    denoiser = Denoiser(Own(), DDPMScheduler(), image_size=(8, 8), channels=1)
+    own = Own()
+    own.config = FAST  # a dataclass, no mapping
+    denoiser = Denoiser(own, DDPMScheduler(), image_size=(8, 8), channels=1)
     assert len(unlearn(denoiser, forget, FAST, VDUConfig.for_model(denoiser.model, r=2)).history) == 6
 
 

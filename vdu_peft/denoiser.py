@@ -4,7 +4,7 @@ Covers unconditional and class-conditional ``UNet2DModel`` with any discrete-tim
 (epsilon, v and sample prediction), and a user's own module that maps (x_t, t) to noise.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -52,7 +52,9 @@ class Denoiser:
         image_size: tuple[int, int] | None = None,
         channels: int | None = None,
     ):
-        config = getattr(model, "config", {})
+        config = getattr(model, "config", None)
+        if not isinstance(config, Mapping):  # a user's own module may call anything so
+            config = {}
         size = config.get("sample_size") if image_size is None else image_size
         self.channels = config.get("in_channels") if channels is None else channels
         if size is None or self.channels is None:
