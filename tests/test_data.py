@@ -154,6 +154,13 @@ def bad_sources(tmp_path):
     np.savez(tmp_path / "nchw.npz", images=np.zeros((2, 3, 8, 8), dtype=np.uint8))
     np.savez(tmp_path / "nan.npz", images=np.full((2, 8, 8, 1), np.nan, dtype=np.float32))
     (tmp_path / "broken.npz").write_bytes(b"PK nonsense")
+    with (tmp_path / "npy.npz").open("wb") as file:
+        np.save(file, np.zeros((2, 8, 8), dtype=np.uint8))
+    noise = np.random.default_rng(0).integers(0, 256, (8, 8, 8), dtype=np.uint8)
+    np.savez_compressed(tmp_path / "damaged.npz", images=noise)
+    damaged = bytearray((tmp_path / "damaged.npz").read_bytes())
+    damaged[60:120] = b"\xff" * 60  # of the compressed array; the file's directory is at its end
+    (tmp_path / "damaged.npz").write_bytes(damaged)
     return {
         "empty": "no images found",
         "missing": "no such folder",
@@ -163,10 +170,16 @@ def bad_sources(tmp_path):
         "nan.npz": "holds NaN",
         "nchw.npz": r"expected images \[H, W\] or \[H, W, C\], found shape \[3, 8, 8\]",
         "broken.npz": "not a readable .npz",
+        "npy.npz": r"a single array \(.npy\) by another name",
+        "damaged.npz": "image_column 'images' cannot be read",
     }
 
 
-@pytest.mark.parametrize("name", ["empty", "missing", "text", "tiny", "cut", "nan.npz", "nchw.npz", "broken.npz"])
+BAD_SOURCES = ["empty", "missing", "text", "tiny", "cut"]
+BAD_SOURCES += ["nan.npz", "nchw.npz", "broken.npz", "npy.npz", "damaged.npz"]
+
+
+@pytest.mark.parametrize("name", BAD_SOURCES)
 def test_bad_input_is_named(tmp_path, name):
     message = bad_sources(tmp_path)[name]
     with pytest.raises(DataError, match=message):

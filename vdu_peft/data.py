@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+# What numpy raises on an .npz that is none, is damaged, or holds pickled objects.
+_UNREADABLE = (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 class DataError(ValueError):
@@ -126,11 +129,11 @@ class ImageSource:
             raise DataError(f"{file}: no such file")
         try:
             arrays = np.load(file, allow_pickle=False)
-            images = arrays[self._npz_key(arrays, self.image_column, "image_column", file)]
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-            raise (
-                error if isinstance(error, DataError) else DataError(f"{file}: not a readable .npz ({error})")
-            ) from error
+        except _UNREADABLE as error:
+            raise DataError(f"{file}: not a readable .npz ({error})") from error
+        if isinstance(arrays, np.ndarray):  # np.load goes by what is in the file, not by its name
+            raise DataError(f"{file}: a single array (.npy) by another name; write it with numpy.savez")
+        images = self._npz_array(arrays, self.image_column, "image_column", file)
         if images.ndim not in (3, 4):
             raise DataError(f"{file}: expected images [N, H, W] or [N, H, W, C], found shape {list(images.shape)}")
         if self.label_column is None and self.labels:
@@ -138,12 +141,7 @@ class ImageSource:
         columns = []
         for option in ("label_column", "caption_column"):
             key = getattr(self, option)
-            try:
-                column = None if key is None else arrays[self._npz_key(arrays, key, option, file)]
-            except ValueError as error:
-                raise (
-                    error if isinstance(error, DataError) else DataError(f"{file}: {option} {key!r}: {error}")
-                ) from error
+            column = None if key is None else self._npz_array(arrays, key, option, file)
             if column is not None and column.shape != (len(images),):
                 raise DataError(f"{file}: {option} {key!r} is {list(column.shape)} values for {len(images)} images")
             columns.append(column)
@@ -153,20 +151,24 @@ class ImageSource:
         if captions is not None and not all(map(str.strip, captions.tolist())):
             raise DataError(f"{file}: caption_column {self.caption_column!r} holds empty captions")
         if self.labels:
-            names = arrays["class_names"].tolist() if "class_names" in arrays.files else []
+            has_names = "class_names" in arrays.files
+            names = self._npz_array(arrays, "class_names", "class_names", file).tolist() if has_names else []
             keep = np.isin(labels, _label_numbers(self.labels, names, file))
             images, labels = images[keep], labels[keep]
             captions = None if captions is None else captions[keep]
         return images, labels, None if captions is None else captions.tolist()
 
-    def _npz_key(self, arrays, key: str | None, option: str, file: Path) -> str:
+    def _npz_array(self, arrays, key: str | None, option: str, file: Path) -> np.ndarray:
         if key is None and len(arrays.files) == 1:
-            return arrays.files[0]
-        if key is None and "images" in arrays.files:
-            return "images"
+            key = arrays.files[0]
+        elif key is None and "images" in arrays.files:
+            key = "images"
         if key not in arrays.files:
             raise DataError(f"{file}: {option} {key!r} not found; the file holds {', '.join(arrays.files)}")
-        return key
+        try:
+            return arrays[key]
+        except _UNREADABLE as error:
+            raise DataError(f"{file}: {option} {key!r} cannot be read ({error})") from error
 
     def _from_hub(self) -> tuple[Sequence[Image.Image], np.ndarray | None, list[str] | None]:
         from datasets import Image as ImageFeature
