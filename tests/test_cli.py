@@ -207,6 +207,16 @@ def test_options_from_a_file_and_the_command_line_wins(unlearn_command, tmp_path
     assert "run.yaml: unlearn has no option earlystopping" in capsys.readouterr().err
 
 
+def test_options_from_a_json_file_indented_by_tabs(unlearn_command, tmp_path, capsys):
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"dry_run": True, "forget_data": "/nowhere"}, indent="\t"))
+    assert main([*unlearn_command, f"--config={file}"]) == 0
+    assert "dry run" in capsys.readouterr().out
+    file.write_text("{")
+    assert main([*unlearn_command, f"--config={file}"]) == 2
+    assert "run.json: not a readable YAML or JSON file" in capsys.readouterr().err
+
+
 def test_dry_run_writes_nothing(unlearn_command, tmp_path, capsys):
     assert main([*unlearn_command, "--dry_run"]) == 0
     assert "dry run" in capsys.readouterr().out and not (tmp_path / "out").exists()

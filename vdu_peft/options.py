@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import sys
 import typing
 from pathlib import Path
@@ -220,8 +221,10 @@ def _with_config_file(
     if file is None:
         return parser.parse_args(argv)
     try:
-        options = yaml.safe_load(file.read_text())  # JSON is YAML
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = file.read_text()
+        # JSON is YAML for the most part; tabs are not.
+        options = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{file}: not a readable YAML or JSON file ({str(error).splitlines()[0]})") from error
     if not isinstance(options, dict):
         raise ConfigError(f"{file}: expected option: value pairs")
