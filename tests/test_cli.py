@@ -1,5 +1,6 @@
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from vdu_peft import demo
 from vdu_peft.adapter import load_adapter
 from vdu_peft.cli import main
 from vdu_peft.demo import assets
@@ -280,6 +282,12 @@ def test_a_killed_run_resumes(unlearn_command, tmp_path, capsys):
     assert 1 <= steps < 30
     assert main([*command, "--resume_from_checkpoint=latest"]) in (0, 1)
     assert "after 30 steps" in capsys.readouterr().out
+
+
+def test_the_demo_s_module_is_imported_where_there_is_no_resource(monkeypatch):
+    """Every command imports it, and on Windows there is no such module."""
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert "run_demo" in runpy.run_path(demo.__file__)
 
 
 FULL_DISK = """

@@ -1,6 +1,5 @@
 """The demo: forget one digit of the MNIST model that ships with the package, and report what it cost."""
 
-import resource
 import sys
 import time
 from dataclasses import asdict
@@ -119,5 +118,11 @@ def peak_memory_mib() -> float:
     if status.is_file():  # on Linux, where getrusage's peak is inherited from the parent process
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
         return int(fields["VmHWM"].split()[0]) / 2**10
+    if sys.platform == "win32":
+        import psutil  # which accelerate brings along
+
+        return psutil.Process().memory_info().peak_wset / 2**20
+    import resource  # not there on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
