@@ -233,6 +233,24 @@ def test_tensorboard_gets_every_term(unlearn_command, tmp_path):
     assert {"loss", "plasticity", "stability", "kl", "forget_ratio"} <= set(events.Tags()["scalars"])
 
 
+WOULD_NOT_START = [("--report_to=aim", "report_to aim: its package is not installed")]
+WOULD_NOT_START += [("--report_to=nothing", "report_to nothing: ")]
+
+
+@pytest.mark.parametrize("option, message", [*WOULD_NOT_START, ("--target_modules=nothing_like_it", "target_modules")])
+def test_a_dry_run_finds_what_would_not_start(unlearn_command, tmp_path, capsys, option, message):
+    assert main([*unlearn_command, option, "--dry_run"]) == 2
+    said = capsys.readouterr()
+    assert message in said.err and "are fine" not in said.out and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option, message", [*WOULD_NOT_START, ("--rank=1000000", "target_modules")])
+def test_the_demo_finds_what_would_not_start_before_it_samples(tmp_path, capsys, monkeypatch, option, message):
+    monkeypatch.setattr(Denoiser, "sample", lambda *_, **__: pytest.fail("sampled"))
+    assert main(["demo", f"--output_dir={tmp_path / 'demo'}", option]) == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "option, message",
     [

@@ -21,7 +21,7 @@ from vdu_peft.data import DataError
 from vdu_peft.denoiser import Denoiser
 from vdu_peft.history import run_status
 from vdu_peft.replay import generate_replay
-from vdu_peft.trainer import UnlearnError, lr_factor
+from vdu_peft.trainer import UnlearnError, check_run, lr_factor
 
 FAST = UnlearnConfig(max_train_steps=6, train_batch_size=4, replay_size=8, replay_inference_steps=2)
 
@@ -184,6 +184,22 @@ def test_a_users_own_module(forget):
     own.config = FAST  # a dataclass, no mapping
     denoiser = Denoiser(own, DDPMScheduler(), image_size=(8, 8), channels=1)
     assert len(unlearn(denoiser, forget, FAST, VDUConfig.for_model(denoiser.model, r=2)).history) == 6
+
+
+def test_a_run_that_was_checked_is_the_same(pipeline_folder, forget, tmp_path):
+    for name in ("unchecked", "checked"):
+        denoiser = Denoiser.from_pretrained(pipeline_folder)
+        adapter = VDUConfig.for_model(denoiser.model)
+        if name == "checked":
+            before = {n: (p.clone(), p.requires_grad) for n, p in denoiser.model.named_parameters()}
+            check_run(denoiser, FAST, adapter, tmp_path)
+            after = {n: (p, p.requires_grad) for n, p in denoiser.model.named_parameters()}
+            assert after.keys() == before.keys() and not list(variational_layers(denoiser.model))
+            assert all(torch.equal(p, before[n][0]) and grad == before[n][1] for n, (p, grad) in after.items())
+        unlearn(denoiser, forget, replace(FAST, max_train_steps=2), adapter, output_dir=tmp_path / name)
+    assert_same(weights(tmp_path / "unchecked"), weights(tmp_path / "checked"))
+    configs = [(tmp_path / name / "adapter" / "adapter_config.json").read_text() for name in ("unchecked", "checked")]
+    assert configs[0] == configs[1]
 
 
 def test_a_tracker_that_is_not_installed_is_refused_first(pipeline_folder, forget, tmp_path):

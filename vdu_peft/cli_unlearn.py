@@ -16,7 +16,7 @@ from vdu_peft.denoiser import Denoiser
 from vdu_peft.evaluation import check_evaluation
 from vdu_peft.options import ADAPTER_OPTIONS
 from vdu_peft.text_denoiser import TextDenoiser, anchor_prompts, neutral_prompts, open_denoiser, read_prompts
-from vdu_peft.trainer import unlearn
+from vdu_peft.trainer import check_run, unlearn
 
 
 def run_unlearn(args: argparse.Namespace) -> int:
@@ -58,6 +58,7 @@ def run_unlearn(args: argparse.Namespace) -> int:
     print(f"{len(forget)} forget images of {size}; {args.model}")
     if args.dry_run:
         run_classes(denoiser, config, forget_labels, len(forget), anchor_labels)
+        check_run(denoiser, config, adapter, args.output_dir)
         print("dry run: model, images and options are fine")
         return 0
     result = unlearn(

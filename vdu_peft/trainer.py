@@ -1,5 +1,6 @@
 """unlearn(): the loop that joins adapter, objective and replay, on accelerate."""
 
+import copy
 import json
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -14,7 +15,15 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 
 from vdu_peft import objective
-from vdu_peft.adapter import adapter_scale, attach, posterior_noise, save_adapter, total_kl
+from vdu_peft.adapter import (
+    adapter_scale,
+    attach,
+    detach,
+    posterior_noise,
+    save_adapter,
+    total_kl,
+    trainable_state,
+)
 from vdu_peft.batch import Batch, draw_batch
 from vdu_peft.card import model_card
 from vdu_peft.checkpoint import check_resumable, load_checkpoint, run_options, save_checkpoint
@@ -203,6 +212,19 @@ def unlearn(
     return UnlearnResult(
         peft_model, denoiser, history, status, len(replay), sum(p.numel() for p in parameters.values())
     )
+
+
+def check_run(denoiser: Denoiser, config: UnlearnConfig, adapter: VDUConfig, output_dir: Path) -> None:
+    """Whether :func:`unlearn` would start with this precision, tracker and adapter; the model is left as it was.
+
+    Raises:
+        ConfigError: it would not.
+    """
+    _accelerator(config, output_dir)
+    make_trainable_as_before = trainable_state(denoiser.model)
+    attach(denoiser.model, copy.deepcopy(adapter))  # PEFT writes into the config
+    detach(denoiser.model)
+    make_trainable_as_before()
 
 
 def _accelerator(config: UnlearnConfig, output_dir: Path | None) -> Accelerator:
