@@ -235,6 +235,8 @@ def test_tensorboard_gets_every_term(unlearn_command, tmp_path):
 
 WOULD_NOT_START = [("--report_to=aim", "report_to aim: its package is not installed")]
 WOULD_NOT_START += [("--report_to=nothing", "report_to nothing: ")]
+if not torch.cuda.is_available():
+    WOULD_NOT_START += [("--mixed_precision=fp16", "mixed_precision fp16: needs a GPU")]
 
 
 @pytest.mark.parametrize("option, message", [*WOULD_NOT_START, ("--target_modules=nothing_like_it", "target_modules")])

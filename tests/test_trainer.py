@@ -202,6 +202,15 @@ def test_a_run_that_was_checked_is_the_same(pipeline_folder, forget, tmp_path):
     assert configs[0] == configs[1]
 
 
+def test_fp16_is_refused_where_it_cannot_be_had_or_resumed(pipeline_folder, forget, tmp_path):
+    config = replace(FAST, mixed_precision="fp16", checkpointing_steps=1)
+    with pytest.raises(AdapterError, match="resume: fp16's gradient scale is not kept in a checkpoint"):
+        unlearn(pipeline_folder, forget, config, output_dir=tmp_path / "out", resume=True)
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="mixed_precision fp16: needs a GPU; use bf16 or no"):
+            unlearn(pipeline_folder, forget, config, output_dir=tmp_path / "out")
+
+
 def test_a_tracker_that_is_not_installed_is_refused_first(pipeline_folder, forget, tmp_path):
     with pytest.raises(ConfigError, match="report_to aim: its package is not installed"):
         unlearn(pipeline_folder, forget, replace(FAST, report_to="aim"), output_dir=tmp_path / "out")

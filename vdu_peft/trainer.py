@@ -242,6 +242,8 @@ def _accelerator(config: UnlearnConfig, output_dir: Path | None) -> Accelerator:
         )
     except ValueError as error:
         raise ConfigError(f"mixed_precision {config.mixed_precision}, report_to {config.report_to}: {error}") from error
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would use float32
+        raise ConfigError("mixed_precision fp16: needs a GPU; use bf16 or no")
     if config.report_to and not accelerator.log_with:  # accelerate leaves out a tracker that is not installed
         raise ConfigError(f"report_to {config.report_to}: its package is not installed; install it, or leave it out")
     return accelerator
