@@ -18,7 +18,7 @@ from vdu_peft import replay as replay_module
 from vdu_peft.adapter import AdapterError, variational_layers
 from vdu_peft.config import ConfigError
 from vdu_peft.data import DataError
-from vdu_peft.denoiser import Denoiser
+from vdu_peft.denoiser import Denoiser, ModelError
 from vdu_peft.history import run_status
 from vdu_peft.replay import generate_replay
 from vdu_peft.trainer import UnlearnError, check_run, lr_factor
@@ -101,6 +101,23 @@ def test_resume_refuses_what_does_not_fit(pipeline_folder, forget, tmp_path):
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(AdapterError, match="not a readable checkpoint"):
         unlearn(pipeline_folder, forget, config, output_dir=tmp_path / "out", resume=True)
+
+
+@pytest.mark.parametrize("refused", ["resume", "replay"])
+def test_a_run_that_does_not_start_leaves_the_model_as_it_was(pipeline_folder, forget, tmp_path, refused):
+    denoiser = Denoiser.from_pretrained(pipeline_folder)
+    config = replace(FAST, checkpointing_steps=3, max_train_steps=3)
+    if refused == "resume":
+        unlearn(pipeline_folder, forget, replace(config, seed=1), output_dir=tmp_path)
+        with pytest.raises(AdapterError, match="written with seed=1"):
+            unlearn(denoiser, forget, config, output_dir=tmp_path, resume=True)
+    else:
+        with pytest.raises(ModelError, match="inference steps must lie in"):
+            unlearn(denoiser, forget, replace(config, replay_inference_steps=2000))
+    fresh = Denoiser.from_pretrained(pipeline_folder)
+    assert denoiser.model.state_dict().keys() == fresh.model.state_dict().keys()
+    assert all(p.requires_grad for p in denoiser.model.parameters())
+    assert len(unlearn(denoiser, forget, config).history) == 3
 
 
 def test_learning_rate_rises_over_a_tenth_and_falls_to_nearly_nothing():

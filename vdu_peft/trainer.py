@@ -112,6 +112,7 @@ def unlearn(
     if output_dir is not None:
         output_dir.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written fails now, not after training
     bar_off = not accelerator.is_local_main_process
+    make_trainable_as_before = trainable_state(denoiser.model)
     denoiser.model.to(accelerator.device).requires_grad_(False)
     if config.gradient_checkpointing and hasattr(denoiser.model, "enable_gradient_checkpointing"):
         denoiser.model.enable_gradient_checkpointing()
@@ -135,22 +136,27 @@ def unlearn(
         (p for p in denoiser.model.parameters() if not p.requires_grad),
     )
     history: list[dict[str, float]] = []
-    if resume:  # before replay is drawn, which takes its time, and in which the adapter has no part
-        history = load_checkpoint(output_dir, parameters, optimizer, options)
-    if replay is None:
-        with adapter_scale(denoiser.model, 0), accelerator.autocast():
-            replay, replay_labels = generate_replay(
-                denoiser,
-                forget,
-                num_images=config.replay_size,
-                num_inference_steps=config.replay_inference_steps,
-                keep_quantile=config.replay_keep_quantile,
-                seed=config.seed,
-                class_labels=classes.retained if classes else (),
-                progress=not bar_off,
-            )
-    else:
-        replay = denoiser.encode(replay)
+    try:
+        if resume:  # before replay is drawn, which takes its time, and in which the adapter has no part
+            history = load_checkpoint(output_dir, parameters, optimizer, options)
+        if replay is None:
+            with adapter_scale(denoiser.model, 0), accelerator.autocast():
+                replay, replay_labels = generate_replay(
+                    denoiser,
+                    forget,
+                    num_images=config.replay_size,
+                    num_inference_steps=config.replay_inference_steps,
+                    keep_quantile=config.replay_keep_quantile,
+                    seed=config.seed,
+                    class_labels=classes.retained if classes else (),
+                    progress=not bar_off,
+                )
+        else:
+            replay = denoiser.encode(replay)
+    except BaseException:  # before the first step: the caller's model is as it was, and can be tried again
+        detach(denoiser.model)
+        make_trainable_as_before()
+        raise
     forget_set = ImageDataset(forget, mirrored)
     if config.report_to and accelerator.is_main_process:
         accelerator.init_trackers("unlearn", config={k: v for k, v in asdict(config).items() if v is not None})
