@@ -47,7 +47,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "vdu-peft unlearn --model google/ddpm-cifar10-32 --forget_data bad_pictures/ --output_dir out",
     )
     _model_argument(sub)
-    sub.add_argument("--forget_data", required=True, help="folder of images, .npz file, or hub dataset id")
+    sub.add_argument(
+        "--forget_data",
+        required=True,
+        help="folder of images, .npz file (uint8, or floats in [-1, 1] or [0, 1]), or hub dataset id",
+    )
     sub.add_argument("--output_dir", type=Path, required=True)
     _source_arguments(sub, split="train")
     sub.add_argument("--forget_label", nargs="+", default=[], help="keep only images that the data set labels so")
