@@ -19,7 +19,7 @@ from vdu_peft.adapter import AdapterError, variational_layers
 from vdu_peft.config import ConfigError
 from vdu_peft.data import DataError
 from vdu_peft.denoiser import Denoiser, ModelError
-from vdu_peft.history import run_status
+from vdu_peft.history import run_status, should_stop
 from vdu_peft.replay import generate_replay
 from vdu_peft.trainer import UnlearnError, check_run, lr_factor
 
@@ -185,6 +185,22 @@ def test_status(ratio, status):
     history = [start, *[{"forget_ratio": ratio, "stability": 0.1}] * 30]
     assert run_status(history, UnlearnConfig()) == status
     assert run_status([*history, *[{"forget_ratio": ratio, "stability": 2.0}] * 20], UnlearnConfig()) == "collapsed"
+
+
+def test_a_run_stops_once_its_target_holds(pipeline_folder, forget):
+    def stops(terms, steps=20, **options):
+        earlier = [{**terms, "plasticity": 0.9, "stability": 0.1}] * (steps // 20 * 30)
+        return should_stop([*earlier, *[{"stability": 0.1, **terms}] * steps], UnlearnConfig(**options))
+
+    assert stops({"plasticity": 0.04}) and not stops({"plasticity": 0.06})
+    assert not stops({"plasticity": 0.04}, steps=19)  # too few to tell
+    assert not stops({"plasticity": 0.04}, early_stopping=False)
+    assert not stops({"plasticity": 0.04}, plasticity="elbo")  # which has no target
+    assert not stops({"plasticity": 0.04, "redirect": 0.5})  # nor has a redirection
+    assert stops({"plasticity": 0.9, "stability": 1.1}, early_stopping=False)  # destroyed
+    # A target of 1.02 holds from the start, to 5 %: over the first 20 steps.
+    config = replace(FAST, forget_target=1.02, learning_rate=1e-6, max_train_steps=22, train_batch_size=2)
+    assert len(unlearn(pipeline_folder, forget, config).history) == 20
 
 
 def test_a_users_own_module(forget):
