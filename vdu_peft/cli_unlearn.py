@@ -5,8 +5,10 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import TextIO
 
 import torch
+from accelerate import PartialState
 
 from vdu_peft.classes import run_classes
 from vdu_peft.config import ConfigError, UnlearnConfig, VDUConfig
@@ -142,7 +144,7 @@ def _run_config(args: argparse.Namespace) -> tuple[UnlearnConfig, dict]:
 
 def _outcome(result, output_dir: Path) -> int:
     last = result.history[-1]
-    print(
+    _say(
         f"{result.status} after {len(result.history)} steps; {result.trained_parameters:,} parameters trained, "
         f"{result.num_replay} replay images; "
         f"forget ratio {last['forget_ratio']:.2f}, stability {last['stability']:.3f}; "
@@ -153,6 +155,12 @@ def _outcome(result, output_dir: Path) -> int:
             "nothing learned": "raise max_train_steps or learning_rate, and check that target_modules covers the model",
             "collapsed": "use plasticity hinge, a larger stability_weight, or a smaller learning_rate or init_scale",
         }[result.status]
-        print(f"vdu-peft: error: {result.status}: {mend}", file=sys.stderr)
+        _say(f"vdu-peft: error: {result.status}: {mend}", file=sys.stderr)
         return 1
     return 0
+
+
+def _say(text: str, file: TextIO | None = None) -> None:
+    """Print, of several processes in one; after the run, whose Accelerator says which they are."""
+    if PartialState().is_main_process:
+        print(text, file=file)
