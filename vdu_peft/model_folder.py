@@ -4,8 +4,9 @@ import json
 import logging
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import DDPMScheduler, SchedulerMixin
+from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, DiffusionPipeline, PNDMPipeline, SchedulerMixin
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
@@ -13,6 +14,9 @@ from safetensors import safe_open
 from vdu_peft.schedule import ModelError, plain_scheduler
 
 logger = logging.getLogger(__name__)
+
+# Stock pipelines of a UNet2DModel and a scheduler alone.
+PIPELINES = {kind.__name__: kind for kind in (DDPMPipeline, DDIMPipeline, PNDMPipeline)}
 
 
 def check_folder(folder: Path) -> tuple[Path, Path | None]:
@@ -65,6 +69,16 @@ def stored_scheduler(folder: Path | None, name: str | Path) -> SchedulerMixin:
         return plain_scheduler(config.get("_class_name"), config)
     except ModelError as error:
         raise ModelError(f"{folder}: {error}") from error
+
+
+def stored_sampler(scheduler_folder: Path | None) -> tuple[type[DiffusionPipeline], SchedulerMixin] | None:
+    """What a stock pipeline samples with, by its scheduler's folder: its class, and its scheduler as it is."""
+    if scheduler_folder is None or not (scheduler_folder.parent / "model_index.json").is_file():
+        return None
+    kind = PIPELINES.get(DiffusionPipeline.load_config(str(scheduler_folder.parent)).get("_class_name"))
+    config = DDPMScheduler.load_config(str(scheduler_folder))
+    scheduler = getattr(diffusers, config.get("_class_name", ""), None)
+    return kind and scheduler and (kind, scheduler.from_config(config))
 
 
 def stored_dtype(unet_folder: Path) -> torch.dtype:
