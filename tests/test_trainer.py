@@ -91,6 +91,9 @@ def test_resume_refuses_what_does_not_fit(pipeline_folder, forget, tmp_path):
     with pytest.raises(AdapterError, match="written with r=4, not 2"):
         adapter = VDUConfig.for_model(denoiser.model, r=2)
         unlearn(denoiser, forget, config, adapter, output_dir=tmp_path / "out", resume=True)
+    with pytest.raises(AdapterError, match="a checkpoint of another model or adapter"):
+        adapter = VDUConfig.for_model(denoiser.model, target_modules=["conv1"])
+        unlearn(denoiser, forget, config, adapter, output_dir=tmp_path / "out", resume=True)
     with pytest.raises(AdapterError, match="written with forget_images"):
         unlearn(pipeline_folder, -forget, config, output_dir=tmp_path / "out", resume=True)
     other = Denoiser.from_pretrained(pipeline_folder)
