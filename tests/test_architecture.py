@@ -10,6 +10,7 @@ import vdu_peft
 ROOT = Path(vdu_peft.__file__).parent
 ALLOWED = {
     "version": set(),
+    "peft_range": set(),
     "posterior": set(),
     "objective": set(),
     "metrics": set(),

@@ -1,5 +1,6 @@
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from vdu_peft import demo
 from vdu_peft.adapter import load_adapter
 from vdu_peft.cli import main
 from vdu_peft.demo import assets
@@ -207,6 +209,16 @@ def test_options_from_a_file_and_the_command_line_wins(unlearn_command, tmp_path
     assert "run.yaml: unlearn has no option earlystopping" in capsys.readouterr().err
 
 
+def test_options_from_a_json_file_indented_by_tabs(unlearn_command, tmp_path, capsys):
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"dry_run": True, "forget_data": "/nowhere"}, indent="\t"))
+    assert main([*unlearn_command, f"--config={file}"]) == 0
+    assert "dry run" in capsys.readouterr().out
+    file.write_text("{")
+    assert main([*unlearn_command, f"--config={file}"]) == 2
+    assert "run.json: not a readable YAML or JSON file" in capsys.readouterr().err
+
+
 def test_dry_run_writes_nothing(unlearn_command, tmp_path, capsys):
     assert main([*unlearn_command, "--dry_run"]) == 0
     assert "dry run" in capsys.readouterr().out and not (tmp_path / "out").exists()
@@ -221,6 +233,26 @@ def test_tensorboard_gets_every_term(unlearn_command, tmp_path):
     assert {"loss", "plasticity", "stability", "kl", "forget_ratio"} <= set(events.Tags()["scalars"])
 
 
+WOULD_NOT_START = [("--report_to=aim", "report_to aim: its package is not installed")]
+WOULD_NOT_START += [("--report_to=nothing", "report_to nothing: ")]
+if not torch.cuda.is_available():
+    WOULD_NOT_START += [("--mixed_precision=fp16", "mixed_precision fp16: needs a GPU")]
+
+
+@pytest.mark.parametrize("option, message", [*WOULD_NOT_START, ("--target_modules=nothing_like_it", "target_modules")])
+def test_a_dry_run_finds_what_would_not_start(unlearn_command, tmp_path, capsys, option, message):
+    assert main([*unlearn_command, option, "--dry_run"]) == 2
+    said = capsys.readouterr()
+    assert message in said.err and "are fine" not in said.out and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option, message", [*WOULD_NOT_START, ("--rank=1000000", "target_modules")])
+def test_the_demo_finds_what_would_not_start_before_it_samples(tmp_path, capsys, monkeypatch, option, message):
+    monkeypatch.setattr(Denoiser, "sample", lambda *_, **__: pytest.fail("sampled"))
+    assert main(["demo", f"--output_dir={tmp_path / 'demo'}", option]) == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "option, message",
     [
@@ -228,6 +260,7 @@ def test_tensorboard_gets_every_term(unlearn_command, tmp_path):
         ("--target_modules=nothing_like_it", "target_modules"),
         ("--forget_target=1", "forget_target must be greater than 1"),
         ("--model=/nowhere", "/nowhere: no such folder"),
+        ("--model=./nowhere", "./nowhere: no such folder"),
         ("--forget_data=/nowhere", "/nowhere: no such folder"),
         ("--resume_from_checkpoint=latest", "no checkpoint to resume from"),
         ("--seed=-1", "seed must lie in"),
@@ -269,6 +302,12 @@ def test_a_killed_run_resumes(unlearn_command, tmp_path, capsys):
     assert 1 <= steps < 30
     assert main([*command, "--resume_from_checkpoint=latest"]) in (0, 1)
     assert "after 30 steps" in capsys.readouterr().out
+
+
+def test_the_demo_s_module_is_imported_where_there_is_no_resource(monkeypatch):
+    """Every command imports it, and on Windows there is no such module."""
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert "run_demo" in runpy.run_path(demo.__file__)
 
 
 FULL_DISK = """

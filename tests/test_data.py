@@ -36,6 +36,40 @@ def test_npz_labels_by_number_and_by_name(tmp_path):
         ImageSource(str(file), image_column="pictures").load((8, 8), 1)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_floats_are_read_as_the_bytes_they_stand_for(tmp_path, channels):
+    """In either range, resized and converted as bytes are; which range it is shows in all images together."""
+    images = np.random.default_rng(0).integers(128, 256, (3, 12, 10, 3), dtype=np.uint8)
+    images[0] -= 128
+    labels = np.array([0, 1, 1])
+    for name, array in (
+        ("bytes", images),
+        ("from_zero", (images / 255).astype(np.float32)),
+        ("from_minus_one", images / 127.5 - 1),
+    ):
+        np.savez(tmp_path / f"{name}.npz", images=array, labels=labels)
+    for chosen in ((), ("1",)):
+        loaded = [
+            ImageSource(str(tmp_path / f"{name}.npz"), image_column="images", label_column="labels", labels=chosen)
+            for name in ("bytes", "from_zero", "from_minus_one")
+        ]
+        first, *others = [source.load((8, 8), channels) for source in loaded]
+        assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.full((2, 8, 8), 255.0), "floats must lie in .* found 255 to 255; write 0 to 255 as uint8"),
+        (np.full((2, 8, 8), "black"), "expected images as numbers"),
+    ],
+)
+def test_arrays_that_are_no_images_are_named(tmp_path, values, message):
+    np.savez(tmp_path / "a.npz", images=values)
+    with pytest.raises(DataError, match=message):
+        ImageSource(str(tmp_path / "a.npz")).load((8, 8), 1)
+
+
 def test_hub_dataset_through_a_local_parquet_folder(tmp_path, monkeypatch):
     from datasets import ClassLabel, Dataset, Features, Value
     from datasets import Image as ImageFeature
@@ -154,6 +188,13 @@ def bad_sources(tmp_path):
     np.savez(tmp_path / "nchw.npz", images=np.zeros((2, 3, 8, 8), dtype=np.uint8))
     np.savez(tmp_path / "nan.npz", images=np.full((2, 8, 8, 1), np.nan, dtype=np.float32))
     (tmp_path / "broken.npz").write_bytes(b"PK nonsense")
+    with (tmp_path / "npy.npz").open("wb") as file:
+        np.save(file, np.zeros((2, 8, 8), dtype=np.uint8))
+    noise = np.random.default_rng(0).integers(0, 256, (8, 8, 8), dtype=np.uint8)
+    np.savez_compressed(tmp_path / "damaged.npz", images=noise)
+    damaged = bytearray((tmp_path / "damaged.npz").read_bytes())
+    damaged[60:120] = b"\xff" * 60  # of the compressed array; the file's directory is at its end
+    (tmp_path / "damaged.npz").write_bytes(damaged)
     return {
         "empty": "no images found",
         "missing": "no such folder",
@@ -163,10 +204,16 @@ def bad_sources(tmp_path):
         "nan.npz": "holds NaN",
         "nchw.npz": r"expected images \[H, W\] or \[H, W, C\], found shape \[3, 8, 8\]",
         "broken.npz": "not a readable .npz",
+        "npy.npz": r"a single array \(.npy\) by another name",
+        "damaged.npz": "image_column 'images' cannot be read",
     }
 
 
-@pytest.mark.parametrize("name", ["empty", "missing", "text", "tiny", "cut", "nan.npz", "nchw.npz", "broken.npz"])
+BAD_SOURCES = ["empty", "missing", "text", "tiny", "cut"]
+BAD_SOURCES += ["nan.npz", "nchw.npz", "broken.npz", "npy.npz", "damaged.npz"]
+
+
+@pytest.mark.parametrize("name", BAD_SOURCES)
 def test_bad_input_is_named(tmp_path, name):
     message = bad_sources(tmp_path)[name]
     with pytest.raises(DataError, match=message):

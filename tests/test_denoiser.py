@@ -1,4 +1,5 @@
 import shutil
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -37,6 +38,12 @@ def test_a_single_file_is_told_what_to_do(tmp_path):
     (tmp_path / "sd15.safetensors").touch()
     with pytest.raises(ModelError, match="from_single_file"):
         Denoiser.from_pretrained(tmp_path / "sd15.safetensors")
+
+
+@pytest.mark.parametrize("path", ["./bse", "../bse", "bse/", "my models/bse", "bse"])
+def test_a_mistyped_relative_path_is_no_such_folder(path):
+    with pytest.raises(ModelError, match=f"^{path}: no such folder, and not a hub id"):
+        Denoiser.from_pretrained(path)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
@@ -99,6 +106,37 @@ def test_a_scheduler_beside_a_bare_unet_is_read(tmp_path, unet):
     denoiser = Denoiser.from_pretrained(tmp_path)
     assert denoiser.prediction_type == "v_prediction"
     assert denoiser.scheduler.config.beta_schedule == "squaredcos_cap_v2"
+
+
+def test_the_unet_folder_of_a_pipeline_has_the_pipeline_s_scheduler(tmp_path, unet, monkeypatch):
+    scheduler = DDPMScheduler(prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2")
+    DDPMPipeline(unet, scheduler).save_pretrained(tmp_path)
+    monkeypatch.chdir(tmp_path / "unet")
+    for folder in (tmp_path / "unet", "."):
+        denoiser = Denoiser.from_pretrained(folder)
+        assert denoiser.prediction_type == "v_prediction"
+        assert denoiser.scheduler.config.beta_schedule == "squaredcos_cap_v2"
+
+
+def test_what_is_assumed_without_a_scheduler_is_said(tmp_path, unet, pipeline_folder, caplog):
+    Denoiser.from_pretrained(pipeline_folder)
+    assert not caplog.records
+    unet.save_pretrained(tmp_path / "bare")
+    assert Denoiser.from_pretrained(tmp_path / "bare").prediction_type == "epsilon"
+    assert "bare: no scheduler_config.json there; taken to predict the noise (epsilon)" in caplog.text
+
+
+def test_a_config_of_a_user_s_own_kind_is_not_read():
+    @dataclass
+    class Config:
+        sample_size: int = 8
+
+    model = nn.Conv2d(1, 1, 3, padding=1)
+    model.config = Config()
+    denoiser = Denoiser(model, DDPMScheduler(), image_size=(8, 4), channels=1)
+    assert denoiser.latent_shape == (1, 8, 4) and denoiser.num_classes is None
+    with pytest.raises(ModelError, match="pass image_size and channels"):
+        Denoiser(model, DDPMScheduler())
 
 
 def test_seeds_have_a_range(unet):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from vdu_peft.data import DataError, to_tensor
 from vdu_peft.denoiser import Denoiser
 from vdu_peft.judge import AttributeJudge, JudgeError
-from vdu_peft.layer import PEFT_VERSIONS
+from vdu_peft.peft_range import PEFT_VERSIONS
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
@@ -189,8 +189,13 @@ def test_debiased_weights_of_train_ddpm():
     assert plain.item() == pytest.approx((noise - noise_pred).square().mean().item())
 
 
-def test_a_peft_outside_the_range_is_refused_at_import():
-    code = "import peft; peft.__version__ = '0.99.0'; import vdu_peft"
+def test_a_peft_outside_the_range_is_refused_at_import(tmp_path):
+    """One that has nothing of what the package imports."""
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / "__init__.py").touch()
+    (tmp_path / "peft-0.99.0.dist-info").mkdir()
+    (tmp_path / "peft-0.99.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.99.0\n")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import vdu_peft"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 1 and f"needs peft{PEFT_VERSIONS}, found 0.99.0: pip install" in run.stderr
 

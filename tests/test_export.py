@@ -9,7 +9,17 @@ import pytest
 import torch
 import yaml
 from conftest import saved_adapter, tiny_text_pipeline, tiny_unet
-from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DModel
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    PNDMPipeline,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DModel,
+)
 from onnxruntime import InferenceSession
 from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter
@@ -308,3 +318,21 @@ def test_merge_and_export_example(pipeline_folder, tmp_path):
     difference = merge_and_export.main([*command, f"--output_dir={tmp_path / 'release'}"])
     assert difference < 1e-4  # W + BA added once against two products: float32 rounding over three steps
     assert UNet2DModel.from_pretrained(tmp_path / "release" / "pipeline" / "unet").config.sample_size == 8
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheduler"),
+    [
+        (DDIMPipeline, DDIMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False, set_alpha_to_one=False)),
+        (PNDMPipeline, PNDMScheduler(skip_prk_steps=True, steps_offset=1)),
+        (DDPMPipeline, DDIMScheduler(steps_offset=1)),
+    ],
+    ids=["DDIM", "PNDM", "DDPM with a DDIM scheduler"],
+)
+def test_a_merged_model_is_sampled_as_its_base(tmp_path, unet, kind, scheduler):
+    kind(unet, scheduler).save_pretrained(tmp_path / "base")
+    merge(tmp_path / "base", saved_adapter(tmp_path / "adapter"), tmp_path / "merged")
+    base, merged = (DiffusionPipeline.from_pretrained(tmp_path / name) for name in ("base", "merged"))
+    assert type(merged) is type(base) is kind
+    assert type(merged.scheduler) is type(base.scheduler) is type(scheduler)
+    assert dict(merged.scheduler.config) == dict(base.scheduler.config)

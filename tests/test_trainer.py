@@ -18,10 +18,10 @@ from vdu_peft import replay as replay_module
 from vdu_peft.adapter import AdapterError, variational_layers
 from vdu_peft.config import ConfigError
 from vdu_peft.data import DataError
-from vdu_peft.denoiser import Denoiser
-from vdu_peft.history import run_status
+from vdu_peft.denoiser import Denoiser, ModelError
+from vdu_peft.history import run_status, should_stop
 from vdu_peft.replay import generate_replay
-from vdu_peft.trainer import UnlearnError, lr_factor
+from vdu_peft.trainer import UnlearnError, check_run, lr_factor
 
 FAST = UnlearnConfig(max_train_steps=6, train_batch_size=4, replay_size=8, replay_inference_steps=2)
 
@@ -91,6 +91,9 @@ def test_resume_refuses_what_does_not_fit(pipeline_folder, forget, tmp_path):
     with pytest.raises(AdapterError, match="written with r=4, not 2"):
         adapter = VDUConfig.for_model(denoiser.model, r=2)
         unlearn(denoiser, forget, config, adapter, output_dir=tmp_path / "out", resume=True)
+    with pytest.raises(AdapterError, match="a checkpoint of another model or adapter"):
+        adapter = VDUConfig.for_model(denoiser.model, target_modules=["conv1"])
+        unlearn(denoiser, forget, config, adapter, output_dir=tmp_path / "out", resume=True)
     with pytest.raises(AdapterError, match="written with forget_images"):
         unlearn(pipeline_folder, -forget, config, output_dir=tmp_path / "out", resume=True)
     other = Denoiser.from_pretrained(pipeline_folder)
@@ -101,6 +104,23 @@ def test_resume_refuses_what_does_not_fit(pipeline_folder, forget, tmp_path):
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(AdapterError, match="not a readable checkpoint"):
         unlearn(pipeline_folder, forget, config, output_dir=tmp_path / "out", resume=True)
+
+
+@pytest.mark.parametrize("refused", ["resume", "replay"])
+def test_a_run_that_does_not_start_leaves_the_model_as_it_was(pipeline_folder, forget, tmp_path, refused):
+    denoiser = Denoiser.from_pretrained(pipeline_folder)
+    config = replace(FAST, checkpointing_steps=3, max_train_steps=3)
+    if refused == "resume":
+        unlearn(pipeline_folder, forget, replace(config, seed=1), output_dir=tmp_path)
+        with pytest.raises(AdapterError, match="written with seed=1"):
+            unlearn(denoiser, forget, config, output_dir=tmp_path, resume=True)
+    else:
+        with pytest.raises(ModelError, match="inference steps must lie in"):
+            unlearn(denoiser, forget, replace(config, replay_inference_steps=2000))
+    fresh = Denoiser.from_pretrained(pipeline_folder)
+    assert denoiser.model.state_dict().keys() == fresh.model.state_dict().keys()
+    assert all(p.requires_grad for p in denoiser.model.parameters())
+    assert len(unlearn(denoiser, forget, config).history) == 3
 
 
 def test_learning_rate_rises_over_a_tenth_and_falls_to_nearly_nothing():
@@ -170,6 +190,22 @@ def test_status(ratio, status):
     assert run_status([*history, *[{"forget_ratio": ratio, "stability": 2.0}] * 20], UnlearnConfig()) == "collapsed"
 
 
+def test_a_run_stops_once_its_target_holds(pipeline_folder, forget):
+    def stops(terms, steps=20, **options):
+        earlier = [{**terms, "plasticity": 0.9, "stability": 0.1}] * (steps // 20 * 30)
+        return should_stop([*earlier, *[{"stability": 0.1, **terms}] * steps], UnlearnConfig(**options))
+
+    assert stops({"plasticity": 0.04}) and not stops({"plasticity": 0.06})
+    assert not stops({"plasticity": 0.04}, steps=19)  # too few to tell
+    assert not stops({"plasticity": 0.04}, early_stopping=False)
+    assert not stops({"plasticity": 0.04}, plasticity="elbo")  # which has no target
+    assert not stops({"plasticity": 0.04, "redirect": 0.5})  # nor has a redirection
+    assert stops({"plasticity": 0.9, "stability": 1.1}, early_stopping=False)  # destroyed
+    # A target of 1.02 holds from the start, to 5 %: over the first 20 steps.
+    config = replace(FAST, forget_target=1.02, learning_rate=1e-6, max_train_steps=22, train_batch_size=2)
+    assert len(unlearn(pipeline_folder, forget, config).history) == 20
+
+
 def test_a_users_own_module(forget):
     class Own(nn.Module):
         def __init__(self):
@@ -180,8 +216,41 @@ def test_a_users_own_module(forget):
             return self.outer(torch.tanh(self.inner(x_t)))
 
     torch.manual_seed(0)
-    denoiser = Denoiser(Own(), DDPMScheduler(), image_size=(8, 8), channels=1)
+    own = Own()
+    own.config = FAST  # a dataclass, no mapping
+    denoiser = Denoiser(own, DDPMScheduler(), image_size=(8, 8), channels=1)
     assert len(unlearn(denoiser, forget, FAST, VDUConfig.for_model(denoiser.model, r=2)).history) == 6
+
+
+def test_a_run_that_was_checked_is_the_same(pipeline_folder, forget, tmp_path):
+    for name in ("unchecked", "checked"):
+        denoiser = Denoiser.from_pretrained(pipeline_folder)
+        adapter = VDUConfig.for_model(denoiser.model)
+        if name == "checked":
+            before = {n: (p.clone(), p.requires_grad) for n, p in denoiser.model.named_parameters()}
+            check_run(denoiser, FAST, adapter, tmp_path)
+            after = {n: (p, p.requires_grad) for n, p in denoiser.model.named_parameters()}
+            assert after.keys() == before.keys() and not list(variational_layers(denoiser.model))
+            assert all(torch.equal(p, before[n][0]) and grad == before[n][1] for n, (p, grad) in after.items())
+        unlearn(denoiser, forget, replace(FAST, max_train_steps=2), adapter, output_dir=tmp_path / name)
+    assert_same(weights(tmp_path / "unchecked"), weights(tmp_path / "checked"))
+    configs = [(tmp_path / name / "adapter" / "adapter_config.json").read_text() for name in ("unchecked", "checked")]
+    assert configs[0] == configs[1]
+
+
+def test_fp16_is_refused_where_it_cannot_be_had_or_resumed(pipeline_folder, forget, tmp_path):
+    config = replace(FAST, mixed_precision="fp16", checkpointing_steps=1)
+    with pytest.raises(AdapterError, match="resume: fp16's gradient scale is not kept in a checkpoint"):
+        unlearn(pipeline_folder, forget, config, output_dir=tmp_path / "out", resume=True)
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="mixed_precision fp16: needs a GPU; use bf16 or no"):
+            unlearn(pipeline_folder, forget, config, output_dir=tmp_path / "out")
+
+
+def test_a_tracker_that_is_not_installed_is_refused_first(pipeline_folder, forget, tmp_path):
+    with pytest.raises(ConfigError, match="report_to aim: its package is not installed"):
+        unlearn(pipeline_folder, forget, replace(FAST, report_to="aim"), output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_forget_images_are_refused_first(pipeline_folder, forget):
@@ -431,7 +500,7 @@ def test_two_processes_equal_one(pipeline_folder, forget, tmp_path):
             text=True,
             env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         )
-        assert "after 3 steps" in run.stdout, run.stderr
+        assert run.stdout.count("after 3 steps") == 1, run.stderr
     # The halves of a batch are added in another order, and Adam divides what is near 0 by itself.
     first, second = (json.loads((tmp_path / name / "history.json").read_text()) for name in "12")
     for one_process, two_processes in zip(first, second, strict=True):

@@ -1,5 +1,6 @@
 """Variational Diffusion Unlearning as a PEFT adapter."""
 
+from vdu_peft import peft_range  # noqa: F401, first: names that the others import may be missing in another PEFT
 from vdu_peft.adapter import adapter_scale, attach, load_adapter, posterior_sample, save_adapter
 from vdu_peft.compose import compose
 from vdu_peft.config import UnlearnConfig, VDUConfig

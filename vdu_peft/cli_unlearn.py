@@ -5,8 +5,10 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import TextIO
 
 import torch
+from accelerate import PartialState
 
 from vdu_peft.classes import run_classes
 from vdu_peft.config import ConfigError, UnlearnConfig, VDUConfig
@@ -16,7 +18,7 @@ from vdu_peft.denoiser import Denoiser
 from vdu_peft.evaluation import check_evaluation
 from vdu_peft.options import ADAPTER_OPTIONS
 from vdu_peft.text_denoiser import TextDenoiser, anchor_prompts, neutral_prompts, open_denoiser, read_prompts
-from vdu_peft.trainer import unlearn
+from vdu_peft.trainer import check_run, unlearn
 
 
 def run_unlearn(args: argparse.Namespace) -> int:
@@ -58,6 +60,7 @@ def run_unlearn(args: argparse.Namespace) -> int:
     print(f"{len(forget)} forget images of {size}; {args.model}")
     if args.dry_run:
         run_classes(denoiser, config, forget_labels, len(forget), anchor_labels)
+        check_run(denoiser, config, adapter, args.output_dir)
         print("dry run: model, images and options are fine")
         return 0
     result = unlearn(
@@ -141,7 +144,7 @@ def _run_config(args: argparse.Namespace) -> tuple[UnlearnConfig, dict]:
 
 def _outcome(result, output_dir: Path) -> int:
     last = result.history[-1]
-    print(
+    _say(
         f"{result.status} after {len(result.history)} steps; {result.trained_parameters:,} parameters trained, "
         f"{result.num_replay} replay images; "
         f"forget ratio {last['forget_ratio']:.2f}, stability {last['stability']:.3f}; "
@@ -152,6 +155,12 @@ def _outcome(result, output_dir: Path) -> int:
             "nothing learned": "raise max_train_steps or learning_rate, and check that target_modules covers the model",
             "collapsed": "use plasticity hinge, a larger stability_weight, or a smaller learning_rate or init_scale",
         }[result.status]
-        print(f"vdu-peft: error: {result.status}: {mend}", file=sys.stderr)
+        _say(f"vdu-peft: error: {result.status}: {mend}", file=sys.stderr)
         return 1
     return 0
+
+
+def _say(text: str, file: TextIO | None = None) -> None:
+    """Print, of several processes in one; after the run, whose Accelerator says which they are."""
+    if PartialState().is_main_process:
+        print(text, file=file)

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+# What numpy raises on an .npz that is none, is damaged, or holds pickled objects.
+_UNREADABLE = (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 class DataError(ValueError):
@@ -25,7 +28,8 @@ class ImageSource:
     """Where images come from and which of them are meant.
 
     Args:
-        path: folder of images (nested, png/jpg/webp), an ``.npz`` file, or a hub dataset id.
+        path: folder of images (nested, png/jpg/webp), an ``.npz`` file (uint8, or floats in [-1, 1], or in [0, 1] where
+            none is negative), or a hub dataset id.
         split: split of a hub dataset.
         image_column: image column of a hub dataset, or array name in an ``.npz``.
         label_column: label column of a hub dataset, or array name in an ``.npz``.
@@ -126,24 +130,20 @@ class ImageSource:
             raise DataError(f"{file}: no such file")
         try:
             arrays = np.load(file, allow_pickle=False)
-            images = arrays[self._npz_key(arrays, self.image_column, "image_column", file)]
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-            raise (
-                error if isinstance(error, DataError) else DataError(f"{file}: not a readable .npz ({error})")
-            ) from error
+        except _UNREADABLE as error:
+            raise DataError(f"{file}: not a readable .npz ({error})") from error
+        if isinstance(arrays, np.ndarray):  # np.load goes by what is in the file, not by its name
+            raise DataError(f"{file}: a single array (.npy) by another name; write it with numpy.savez")
+        images = self._npz_array(arrays, self.image_column, "image_column", file)
         if images.ndim not in (3, 4):
             raise DataError(f"{file}: expected images [N, H, W] or [N, H, W, C], found shape {list(images.shape)}")
+        images = eight_bits(images, file)  # of all labels: a few bright images alone may have no negative value
         if self.label_column is None and self.labels:
             raise DataError(f"{file}: labels asked for but no label_column; the file holds {', '.join(arrays.files)}")
         columns = []
         for option in ("label_column", "caption_column"):
             key = getattr(self, option)
-            try:
-                column = None if key is None else arrays[self._npz_key(arrays, key, option, file)]
-            except ValueError as error:
-                raise (
-                    error if isinstance(error, DataError) else DataError(f"{file}: {option} {key!r}: {error}")
-                ) from error
+            column = None if key is None else self._npz_array(arrays, key, option, file)
             if column is not None and column.shape != (len(images),):
                 raise DataError(f"{file}: {option} {key!r} is {list(column.shape)} values for {len(images)} images")
             columns.append(column)
@@ -153,20 +153,24 @@ class ImageSource:
         if captions is not None and not all(map(str.strip, captions.tolist())):
             raise DataError(f"{file}: caption_column {self.caption_column!r} holds empty captions")
         if self.labels:
-            names = arrays["class_names"].tolist() if "class_names" in arrays.files else []
+            has_names = "class_names" in arrays.files
+            names = self._npz_array(arrays, "class_names", "class_names", file).tolist() if has_names else []
             keep = np.isin(labels, _label_numbers(self.labels, names, file))
             images, labels = images[keep], labels[keep]
             captions = None if captions is None else captions[keep]
         return images, labels, None if captions is None else captions.tolist()
 
-    def _npz_key(self, arrays, key: str | None, option: str, file: Path) -> str:
+    def _npz_array(self, arrays, key: str | None, option: str, file: Path) -> np.ndarray:
         if key is None and len(arrays.files) == 1:
-            return arrays.files[0]
-        if key is None and "images" in arrays.files:
-            return "images"
+            key = arrays.files[0]
+        elif key is None and "images" in arrays.files:
+            key = "images"
         if key not in arrays.files:
             raise DataError(f"{file}: {option} {key!r} not found; the file holds {', '.join(arrays.files)}")
-        return key
+        try:
+            return arrays[key]
+        except _UNREADABLE as error:
+            raise DataError(f"{file}: {option} {key!r} cannot be read ({error})") from error
 
     def _from_hub(self) -> tuple[Sequence[Image.Image], np.ndarray | None, list[str] | None]:
         from datasets import Image as ImageFeature
@@ -230,18 +234,38 @@ class ImageDataset(Dataset):
         return (self.mirrored if flip else self.images)[index]
 
 
+def eight_bits(images: np.ndarray, name: str | Path) -> np.ndarray:
+    """Images as uint8, as files hold them: from floats in [-1, 1], or in [0, 1] where not one of all is negative.
+
+    Raises:
+        DataError: other values, or no numbers.
+    """
+    if images.dtype == np.uint8 or not images.size:
+        return images
+    if images.dtype.kind not in "biuf":
+        raise DataError(f"{name}: expected images as numbers, found {images.dtype}")
+    images = images.astype(np.float32)
+    if not np.isfinite(images).all():
+        raise DataError(f"{name}: holds NaN or infinite values")
+    low, high = images.min(), images.max()
+    if low < -1 - 1e-4 or high > 1 + 1e-4:
+        raise DataError(
+            f"{name}: floats must lie in [0, 1] or [-1, 1], found {low:.3g} to {high:.3g}; write 0 to 255 as uint8"
+        )
+    scaled = images * 255 if low >= 0 else (images + 1) * 127.5
+    return scaled.round().clip(0, 255).astype(np.uint8)
+
+
 def to_tensor(
-    image: Image.Image | np.ndarray | torch.Tensor, image_size: tuple[int, int], channels: int, name: str = "image"
+    image: Image.Image | np.ndarray, image_size: tuple[int, int], channels: int, name: str = "image"
 ) -> torch.Tensor:
     """One image as float32 (channels, height, width) in [-1, 1], center-cropped to the aspect ratio.
 
-    Arrays are [H, W] or [H, W, C]: uint8 in 0..255, or floats that already lie in [-1, 1].
+    Arrays are [H, W] or [H, W, C], uint8; :func:`eight_bits` makes others so.
     """
-    if isinstance(image, np.ndarray) and image.dtype != np.uint8:
-        image = torch.from_numpy(np.asarray(image, dtype=np.float32))
-        image = image[None] if image.ndim == 2 else image.movedim(-1, 0)
-        return check_images(image[None], image_size, channels, name)[0]
     if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8:
+            raise DataError(f"{name}: expected an array of uint8, found {image.dtype}")
         if image.ndim == 3 and image.shape[-1] > 4:
             raise DataError(f"{name}: expected images [H, W] or [H, W, C], found shape {list(image.shape)}")
         image = Image.fromarray(image.squeeze(-1) if image.shape[-1:] == (1,) else image)

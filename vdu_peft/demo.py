@@ -1,6 +1,5 @@
 """The demo: forget one digit of the MNIST model that ships with the package, and report what it cost."""
 
-import resource
 import sys
 import time
 from dataclasses import asdict
@@ -16,7 +15,7 @@ from vdu_peft.data import to_tensor
 from vdu_peft.denoiser import Denoiser
 from vdu_peft.evaluation import Report, evaluate, held_out_loss_gap, loss_plot
 from vdu_peft.judge import Judge
-from vdu_peft.trainer import UnlearnResult, unlearn
+from vdu_peft.trainer import UnlearnResult, check_run, unlearn
 
 SAMPLE_STEPS = 25
 
@@ -79,12 +78,13 @@ def run_demo(
     """Unlearn a digit from its 100 images; writes adapter/, report.json and the pictures."""
     start = time.perf_counter()
     denoiser = base_denoiser()
+    adapter = VDUConfig.for_model(denoiser.model, **adapter_options)
+    check_run(denoiser, config, adapter, output_dir)  # not after a minute of sampling
     images = demo_images(forget_digit, denoiser)
     before = demo_samples(denoiser, num_samples, config.seed, "samples before", num_inference_steps)
     held_out = (images.reference, images.reference_labels, forget_digit, config.seed + 1)
     gap_before = held_out_loss_gap(denoiser, *held_out)
     unlearning_start = time.perf_counter()
-    adapter = VDUConfig.for_model(denoiser.model, **adapter_options)
     result = unlearn(denoiser, images.forget, config, adapter, output_dir=output_dir)
     unlearning_seconds = time.perf_counter() - unlearning_start
     after = demo_samples(denoiser, num_samples, config.seed, "samples after", num_inference_steps)
@@ -119,5 +119,11 @@ def peak_memory_mib() -> float:
     if status.is_file():  # on Linux, where getrusage's peak is inherited from the parent process
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
         return int(fields["VmHWM"].split()[0]) / 2**10
+    if sys.platform == "win32":
+        import psutil  # which accelerate brings along
+
+        return psutil.Process().memory_info().peak_wset / 2**20
+    import resource  # not there on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

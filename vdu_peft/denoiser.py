@@ -1,16 +1,15 @@
 """One contract over diffusion models: predict noise, add noise, sample.
 
-Covers unconditional and class-conditional ``UNet2DModel`` with any discrete-time diffusers scheduler
-(epsilon, v and sample prediction), and a user's own module that maps (x_t, t) to noise.
+Covers unconditional and class-conditional ``UNet2DModel`` with a diffusers scheduler that has betas (epsilon, v and
+sample prediction) or is a rectified flow's, and a user's own module that maps (x_t, t) to what such a one predicts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from diffusers import (
     DDPMPipeline,
-    DDPMScheduler,
     DiffusionPipeline,
     FluxTransformer2DModel,
     SchedulerMixin,
@@ -20,7 +19,7 @@ from diffusers import (
 from torch import nn
 from tqdm.auto import tqdm
 
-from vdu_peft.model_folder import check_folder, from_hub, stored_dtype, stored_scheduler
+from vdu_peft.model_folder import PIPELINES, check_folder, from_hub, stored_dtype, stored_sampler, stored_scheduler
 from vdu_peft.schedule import ModelError, NoiseSchedule
 
 
@@ -53,7 +52,9 @@ class Denoiser:
         image_size: tuple[int, int] | None = None,
         channels: int | None = None,
     ):
-        config = getattr(model, "config", {})
+        config = getattr(model, "config", None)
+        if not isinstance(config, Mapping):  # a user's own module may call anything so
+            config = {}
         size = config.get("sample_size") if image_size is None else image_size
         self.channels = config.get("in_channels") if channels is None else channels
         if size is None or self.channels is None:
@@ -65,6 +66,8 @@ class Denoiser:
         self.null_label: int | None = None
         self.name = type(model).__name__
         self.stored_dtype = self.dtype
+        # The stock pipeline that it is written as, and that one's scheduler; DDPM's when None.
+        self.sampled_by: tuple[type[DiffusionPipeline], SchedulerMixin] | None = None
         self.schedule = scheduler if isinstance(scheduler, NoiseSchedule) else NoiseSchedule(scheduler)
 
     @classmethod
@@ -97,10 +100,11 @@ class Denoiser:
             raise ModelError(
                 f"{unet_folder}: cannot be loaded as a UNet2DModel ({str(error).splitlines()[0]})"
             ) from error
-        denoiser = cls(unet.eval(), stored_scheduler(scheduler_folder) if scheduler_folder else DDPMScheduler())
+        denoiser = cls(unet.eval(), stored_scheduler(scheduler_folder, name_or_path))
         # What cards call it: a local path says nothing elsewhere, and names the machine it was on.
         denoiser.name = folder.resolve().name if folder.is_dir() else str(name_or_path)
         denoiser.stored_dtype = stored_dtype(unet_folder)
+        denoiser.sampled_by = stored_sampler(scheduler_folder)
         return denoiser
 
     def to_best_device(self) -> "Denoiser":
@@ -279,10 +283,11 @@ class Denoiser:
         return None, None
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a complete diffusers pipeline, as safetensors."""
+        """Write a complete diffusers pipeline, as safetensors; its class and scheduler are those it came with."""
         if not isinstance(self.model, UNet2DModel):
             raise ModelError(f"{type(self.model).__name__} is not a diffusers model; save its state_dict yourself")
-        DDPMPipeline(self.model, self.scheduler).save_pretrained(folder, safe_serialization=True)
+        pipeline, scheduler = self.sampled_by or (DDPMPipeline, self.scheduler)
+        pipeline(self.model, scheduler).save_pretrained(folder, safe_serialization=True)
 
 
 def in_turn(class_labels: Sequence[int], count: int) -> torch.Tensor:
@@ -299,5 +304,8 @@ def as_denoiser(model: Denoiser | DiffusionPipeline | str | Path) -> Denoiser:
             raise ModelError(
                 f"{type(model).__name__}: not a pipeline around a UNet2DModel; wrap text-to-image in a TextDenoiser"
             )
-        return Denoiser(model.unet, model.scheduler)
+        denoiser = Denoiser(model.unet, model.scheduler)
+        if type(model).__name__ in PIPELINES:
+            denoiser.sampled_by = type(model), model.scheduler
+        return denoiser
     return Denoiser.from_pretrained(model)

@@ -7,10 +7,8 @@ forward that :func:`vdu_peft.adapter.posterior_noise` switches on, and a quicker
 
 import math
 
-import peft
 import torch
 import torch.nn.functional as F
-from packaging.specifiers import SpecifierSet
 from peft import LoraConfig
 from peft.tuners.lora import layer as lora
 from peft.tuners.lora.layer import LoraVariant
@@ -19,13 +17,6 @@ from torch import nn
 from torch.nn.modules import module
 
 from vdu_peft import posterior
-
-# The hooks used here are PEFT's, but experimental: another minor may move them without an error.
-PEFT_VERSIONS = ">=0.21,<0.22"
-if peft.__version__ not in SpecifierSet(PEFT_VERSIONS, prereleases=True):
-    raise ImportError(
-        f"vdu_peft needs peft{PEFT_VERSIONS}, found {peft.__version__}: pip install 'peft{PEFT_VERSIONS}'"
-    )
 
 
 # How many of a layer's weights are kept in an adapter's config.

@@ -1,21 +1,33 @@
 """A ``UNet2DModel`` on disk or on the hub: where its parts lie, what it was saved as; safetensors only."""
 
 import json
+import logging
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import DDPMScheduler, SchedulerMixin
+from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, DiffusionPipeline, PNDMPipeline, SchedulerMixin
+from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
 from vdu_peft.schedule import ModelError, plain_scheduler
 
+logger = logging.getLogger(__name__)
+
+# Stock pipelines of a UNet2DModel and a scheduler alone.
+PIPELINES = {kind.__name__: kind for kind in (DDPMPipeline, DDIMPipeline, PNDMPipeline)}
+
 
 def check_folder(folder: Path) -> tuple[Path, Path | None]:
     """(unet folder, scheduler folder or None) of a local model, checked before anything heavy."""
-    unet_folder, scheduler_folder = (
-        (folder / "unet", folder / "scheduler") if (folder / "unet").is_dir() else (folder, folder)
-    )
+    pipeline_folder = folder.resolve().parent
+    if (folder / "unet").is_dir():
+        unet_folder, scheduler_folder = folder / "unet", folder / "scheduler"
+    elif not (folder / SCHEDULER_CONFIG_NAME).is_file() and (pipeline_folder / "model_index.json").is_file():
+        unet_folder, scheduler_folder = folder, pipeline_folder / "scheduler"
+    else:
+        unet_folder = scheduler_folder = folder
     if not (unet_folder / "config.json").is_file():
         raise ModelError(f"{folder}: no config.json; expected a diffusers pipeline or UNet2DModel folder")
     try:
@@ -34,17 +46,39 @@ def check_folder(folder: Path) -> tuple[Path, Path | None]:
             else "no weights"
         )
         raise ModelError(f"{unet_folder}: no .safetensors file there, {found}")
-    has_scheduler = (scheduler_folder / "scheduler_config.json").is_file()
+    has_scheduler = (scheduler_folder / SCHEDULER_CONFIG_NAME).is_file()
     return unet_folder, scheduler_folder if has_scheduler else None
 
 
-def stored_scheduler(folder: Path) -> SchedulerMixin:
-    """The noise schedule that a folder holds, see :func:`~vdu_peft.schedule.plain_scheduler`."""
+def stored_scheduler(folder: Path | None, name: str | Path) -> SchedulerMixin:
+    """The noise schedule that a folder holds, see :func:`~vdu_peft.schedule.plain_scheduler`.
+
+    Args:
+        folder: None where the model of this ``name`` has none; DDPM's own is then assumed, and said to be.
+    """
+    if folder is None:
+        logger.warning(
+            "%s: no %s there; taken to predict the noise (epsilon) on DDPM's linear schedule of 1000 steps. "
+            "If it does not, put its scheduler's config beside it.",
+            name,
+            SCHEDULER_CONFIG_NAME,
+        )
+        return DDPMScheduler()
     config = DDPMScheduler.load_config(str(folder))
     try:
         return plain_scheduler(config.get("_class_name"), config)
     except ModelError as error:
         raise ModelError(f"{folder}: {error}") from error
+
+
+def stored_sampler(scheduler_folder: Path | None) -> tuple[type[DiffusionPipeline], SchedulerMixin] | None:
+    """What a stock pipeline samples with, by its scheduler's folder: its class, and its scheduler as it is."""
+    if scheduler_folder is None or not (scheduler_folder.parent / "model_index.json").is_file():
+        return None
+    kind = PIPELINES.get(DiffusionPipeline.load_config(str(scheduler_folder.parent)).get("_class_name"))
+    config = DDPMScheduler.load_config(str(scheduler_folder))
+    scheduler = getattr(diffusers, config.get("_class_name", ""), None)
+    return kind and scheduler and (kind, scheduler.from_config(config))
 
 
 def stored_dtype(unet_folder: Path) -> torch.dtype:
@@ -58,10 +92,12 @@ def stored_dtype(unet_folder: Path) -> torch.dtype:
 def from_hub(repo_id: str) -> tuple[Path, Path | None]:
     """As :func:`check_folder`, of a hub model, whose configs and safetensors files alone are fetched."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         folder = snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors"])
+    except HFValidationError as error:  # a mistyped path with one slash in it, such as ./base
+        raise ModelError(f"{repo_id}: no such folder, and not a hub id of the form owner/name") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(f"{repo_id}: neither a local folder nor a hub model that can be reached") from error
     return check_folder(Path(folder))

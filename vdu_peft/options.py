@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import sys
 import typing
 from pathlib import Path
@@ -46,7 +47,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "vdu-peft unlearn --model google/ddpm-cifar10-32 --forget_data bad_pictures/ --output_dir out",
     )
     _model_argument(sub)
-    sub.add_argument("--forget_data", required=True, help="folder of images, .npz file, or hub dataset id")
+    sub.add_argument(
+        "--forget_data",
+        required=True,
+        help="folder of images, .npz file (uint8, or floats in [-1, 1] or [0, 1]), or hub dataset id",
+    )
     sub.add_argument("--output_dir", type=Path, required=True)
     _source_arguments(sub, split="train")
     sub.add_argument("--forget_label", nargs="+", default=[], help="keep only images that the data set labels so")
@@ -220,8 +225,10 @@ def _with_config_file(
     if file is None:
         return parser.parse_args(argv)
     try:
-        options = yaml.safe_load(file.read_text())  # JSON is YAML
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = file.read_text()
+        # JSON is YAML for the most part; tabs are not.
+        options = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{file}: not a readable YAML or JSON file ({str(error).splitlines()[0]})") from error
     if not isinstance(options, dict):
         raise ConfigError(f"{file}: expected option: value pairs")

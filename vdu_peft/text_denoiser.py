@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 
 from vdu_peft.denoiser import Denoiser, ModelError
 from vdu_peft.families import FAMILIES
-from vdu_peft.model_folder import stored_dtype
+from vdu_peft.model_folder import PIPELINES, stored_dtype
 from vdu_peft.schedule import NoiseSchedule
 
 
@@ -264,8 +264,8 @@ def open_denoiser(
         if guidance_scale is not None:
             denoiser.guidance_scale = guidance_scale
         return denoiser
-    if kind is not None and not kind.startswith(("DDPM", "DDIM")):
-        known = ", ".join(["DDPMPipeline", "DDIMPipeline", *FAMILIES])
+    if kind is not None and kind not in PIPELINES:
+        known = ", ".join([*PIPELINES, *FAMILIES])
         raise ModelError(f"{name_or_path}: a {kind}, which is not supported; known are {known}")
     denoiser = Denoiser.from_pretrained(name_or_path)  # first: a model that is not there is no matter of options
     for name, value in {"resolution": resolution, "guidance_scale": guidance_scale}.items():

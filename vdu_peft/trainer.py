@@ -1,5 +1,6 @@
 """unlearn(): the loop that joins adapter, objective and replay, on accelerate."""
 
+import copy
 import json
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -14,7 +15,15 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 
 from vdu_peft import objective
-from vdu_peft.adapter import adapter_scale, attach, posterior_noise, save_adapter, total_kl
+from vdu_peft.adapter import (
+    adapter_scale,
+    attach,
+    detach,
+    posterior_noise,
+    save_adapter,
+    total_kl,
+    trainable_state,
+)
 from vdu_peft.batch import Batch, draw_batch
 from vdu_peft.card import model_card
 from vdu_peft.checkpoint import check_resumable, load_checkpoint, run_options, save_checkpoint
@@ -99,18 +108,11 @@ def unlearn(
     output_dir = Path(output_dir) if output_dir is not None else None
     if resume:
         check_resumable(output_dir, config)
-    # accelerate keeps one precision per process and refuses another: a second run may well want one.
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
-        AcceleratorState._reset_state()
-    try:
-        accelerator = Accelerator(
-            mixed_precision=config.mixed_precision, log_with=config.report_to, project_dir=output_dir
-        )
-    except ValueError as error:
-        raise ConfigError(f"mixed_precision {config.mixed_precision}, report_to {config.report_to}: {error}") from error
+    accelerator = _accelerator(config, output_dir)
     if output_dir is not None:
         output_dir.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written fails now, not after training
     bar_off = not accelerator.is_local_main_process
+    make_trainable_as_before = trainable_state(denoiser.model)
     denoiser.model.to(accelerator.device).requires_grad_(False)
     if config.gradient_checkpointing and hasattr(denoiser.model, "enable_gradient_checkpointing"):
         denoiser.model.enable_gradient_checkpointing()
@@ -134,22 +136,27 @@ def unlearn(
         (p for p in denoiser.model.parameters() if not p.requires_grad),
     )
     history: list[dict[str, float]] = []
-    if resume:  # before replay is drawn, which takes its time, and in which the adapter has no part
-        history = load_checkpoint(output_dir, parameters, optimizer, options)
-    if replay is None:
-        with adapter_scale(denoiser.model, 0), accelerator.autocast():
-            replay, replay_labels = generate_replay(
-                denoiser,
-                forget,
-                num_images=config.replay_size,
-                num_inference_steps=config.replay_inference_steps,
-                keep_quantile=config.replay_keep_quantile,
-                seed=config.seed,
-                class_labels=classes.retained if classes else (),
-                progress=not bar_off,
-            )
-    else:
-        replay = denoiser.encode(replay)
+    try:
+        if resume:  # before replay is drawn, which takes its time, and in which the adapter has no part
+            history = load_checkpoint(output_dir, parameters, optimizer, options)
+        if replay is None:
+            with adapter_scale(denoiser.model, 0), accelerator.autocast():
+                replay, replay_labels = generate_replay(
+                    denoiser,
+                    forget,
+                    num_images=config.replay_size,
+                    num_inference_steps=config.replay_inference_steps,
+                    keep_quantile=config.replay_keep_quantile,
+                    seed=config.seed,
+                    class_labels=classes.retained if classes else (),
+                    progress=not bar_off,
+                )
+        else:
+            replay = denoiser.encode(replay)
+    except BaseException:  # before the first step: the caller's model is as it was, and can be tried again
+        detach(denoiser.model)
+        make_trainable_as_before()
+        raise
     forget_set = ImageDataset(forget, mirrored)
     if config.report_to and accelerator.is_main_process:
         accelerator.init_trackers("unlearn", config={k: v for k, v in asdict(config).items() if v is not None})
@@ -211,6 +218,41 @@ def unlearn(
     return UnlearnResult(
         peft_model, denoiser, history, status, len(replay), sum(p.numel() for p in parameters.values())
     )
+
+
+def check_run(denoiser: Denoiser, config: UnlearnConfig, adapter: VDUConfig, output_dir: Path) -> None:
+    """Whether :func:`unlearn` would start with this precision, tracker and adapter; the model is left as it was.
+
+    Raises:
+        ConfigError: it would not.
+    """
+    _accelerator(config, output_dir)
+    make_trainable_as_before = trainable_state(denoiser.model)
+    attach(denoiser.model, copy.deepcopy(adapter))  # PEFT writes into the config
+    detach(denoiser.model)
+    make_trainable_as_before()
+
+
+def _accelerator(config: UnlearnConfig, output_dir: Path | None) -> Accelerator:
+    """The run's Accelerator.
+
+    Raises:
+        ConfigError: a precision that the machine has not, or a tracker that is not there.
+    """
+    # accelerate keeps one precision per process and refuses another: a second run may well want one.
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
+        AcceleratorState._reset_state()
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision, log_with=config.report_to, project_dir=output_dir
+        )
+    except ValueError as error:
+        raise ConfigError(f"mixed_precision {config.mixed_precision}, report_to {config.report_to}: {error}") from error
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would use float32
+        raise ConfigError("mixed_precision fp16: needs a GPU; use bf16 or no")
+    if config.report_to and not accelerator.log_with:  # accelerate leaves out a tracker that is not installed
+        raise ConfigError(f"report_to {config.report_to}: its package is not installed; install it, or leave it out")
+    return accelerator
 
 
 def lr_factor(step: int, max_train_steps: int) -> float:
