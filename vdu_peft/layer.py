@@ -18,7 +18,6 @@ from torch.nn.modules import module
 
 from vdu_peft import posterior
 
-
 # How many of a layer's weights are kept in an adapter's config.
 BASE_SAMPLE = 2
 
