@@ -203,7 +203,8 @@ def write_pipeline(
     ema.copy_to(unet.parameters())
     sample_grid(unet, scheduler, args.seed).save(args.output_dir / "samples.png")
     folder, fresh = args.output_dir / "pipeline", args.output_dir / "pipeline.tmp"
-    half = UNet2DModel.from_config(unet.config)
+    # Without what starts with "_": where a network that was trained on came from is a path of this machine.
+    half = UNet2DModel.from_config({k: v for k, v in unet.config.items() if not k.startswith("_")})
     half.load_state_dict(unet.state_dict())
     DDPMPipeline(half.half(), scheduler).save_pretrained(fresh, safe_serialization=True)
     options = {**vars(args), "num_processes": num_processes}

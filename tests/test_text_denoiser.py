@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import saved_adapter, tiny_text_pipeline
+from conftest import saved_adapter, tiny_text_pipeline, tiny_unet
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -19,8 +19,9 @@ from diffusers import (
 
 from vdu_peft import UnlearnConfig, unlearn
 from vdu_peft.adapter import AdapterError, load_adapter
+from vdu_peft.classes import Classes
 from vdu_peft.config import ConfigError
-from vdu_peft.denoiser import ModelError
+from vdu_peft.denoiser import Denoiser, ModelError
 from vdu_peft.export import merge
 from vdu_peft.text_denoiser import TextDenoiser, neutral_prompts, open_denoiser, read_prompts
 
@@ -323,7 +324,15 @@ def test_a_checkpoint_of_other_prompts_is_refused(tmp_path, images):
     with pytest.raises(AdapterError, match="written with prompts="):
         run(["a cat", "a sword"], resume=True)
     assert len(run(["a sword", "a cat"], resume=True).history) == 4
-    assert "| forgotten prompt | 'a sword' |" in (tmp_path / "out" / "adapter" / "README.md").read_text()
+    card = (tmp_path / "out" / "adapter" / "README.md").read_text()
+    assert "| forgotten | 'a sword' |" in card and "| drawn instead | '' |" in card
+
+
+def test_a_card_names_a_few_of_many_classes(tmp_path):
+    denoiser = TextDenoiser(tiny_text_pipeline(tmp_path), [*"abcd"])
+    labels = torch.tensor([3, 1, 1, 0, 2])
+    assert Classes.named(labels, denoiser) == "'a', 'b', 'c' and 1 more"
+    assert Classes.named(labels[1:3], Denoiser(tiny_unet(num_class_embeds=4), DDPMScheduler())) == "class 1"
 
 
 def test_more_prompts_than_replay_can_show_are_refused(tmp_path, images):

@@ -7,6 +7,9 @@ import torch
 from vdu_peft.config import ConfigError, UnlearnConfig
 from vdu_peft.denoiser import Denoiser
 
+# Of a run's classes or prompts, how many a card names.
+NAMED = 3
+
 
 class Classes(NamedTuple):
     """Labels of a class-conditional model; of a text-to-image model they stand for prompts."""
@@ -14,6 +17,13 @@ class Classes(NamedTuple):
     forget_labels: torch.Tensor  # (N,) int64, the label under which the model knows each forget image
     retained: list[int]  # all other labels, the null class too
     anchors: torch.Tensor  # (N, K) int64, those that each forget image is redirected to, one at random each time
+
+    @staticmethod
+    def named(labels: torch.Tensor, denoiser: Denoiser) -> str:
+        """The prompts or classes that labels stand for, each once; of many the first few."""
+        prompts = getattr(denoiser, "prompts", None)
+        each = [repr(prompts[label]) if prompts else f"class {label}" for label in labels.unique().tolist()]
+        return ", ".join(each[:NAMED]) + (f" and {len(each) - NAMED} more" if len(each) > NAMED else "")
 
 
 def run_classes(

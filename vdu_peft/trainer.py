@@ -27,7 +27,7 @@ from vdu_peft.adapter import (
 from vdu_peft.batch import Batch, draw_batch
 from vdu_peft.card import model_card
 from vdu_peft.checkpoint import check_resumable, load_checkpoint, run_options, save_checkpoint
-from vdu_peft.classes import check_labels, run_classes
+from vdu_peft.classes import Classes, check_labels, run_classes
 from vdu_peft.config import ConfigError, UnlearnConfig, VDUConfig
 from vdu_peft.data import ImageDataset, check_images
 from vdu_peft.denoiser import Denoiser, as_denoiser
@@ -192,7 +192,7 @@ def unlearn(
             # With a gradient scaler an infinite norm is ordinary: it skips the step and lowers the scale.
             finite_gradient = accelerator.scaler is not None or torch.isfinite(torch.as_tensor(grad_norm)).item()
             if not (finite_gradient and torch.isfinite(torch.tensor(list(record.values()))).all()):
-                kept = _save(peft_model, denoiser, output_dir, forget, history, config, accelerator)
+                kept = _save(peft_model, denoiser, classes, output_dir, forget, history, config, accelerator)
                 raise UnlearnError(
                     f"step {step + 1}: the loss or its gradient is not finite ({record}); {kept}. "
                     "Lower learning_rate, or use mixed_precision no"
@@ -214,7 +214,7 @@ def unlearn(
         accelerator.end_training()
 
     status = run_status(history, config)
-    _save(peft_model, denoiser, output_dir, forget, history, config, accelerator)
+    _save(peft_model, denoiser, classes, output_dir, forget, history, config, accelerator)
     return UnlearnResult(
         peft_model, denoiser, history, status, len(replay), sum(p.numel() for p in parameters.values())
     )
@@ -325,6 +325,7 @@ def loss_terms(
 def _save(
     peft_model: PeftModel,
     denoiser: Denoiser,
+    classes: Classes | None,
     output_dir: Path | None,
     forget: torch.Tensor,
     history: list[dict[str, float]],
@@ -336,10 +337,10 @@ def _save(
     if accelerator.is_main_process:
         rank = peft_model.active_peft_config.r
         facts = {"forget images": len(forget), "steps": len(history), "rank": rank, "seed": config.seed}
-        prompts = getattr(denoiser, "prompts", None)
-        for name, label in (("forgotten prompt", config.forget_class), ("drawn instead", config.anchor_class)):
-            if prompts and label is not None:
-                facts[name] = repr(prompts[label])
+        if classes is not None:
+            facts["forgotten"] = classes.named(classes.forget_labels, denoiser)
+            if config.plasticity == "hinge":
+                facts["drawn instead"] = classes.named(classes.anchors, denoiser)
         if history:
             facts["outcome"] = run_status(history, config)
             for name, shown in (("forget ratio", "forget_ratio"), ("stability", "stability")):
