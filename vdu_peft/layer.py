@@ -110,13 +110,13 @@ class VariationalLayer:
             self.base_sample: dict[str, list[float]] = {}
         if _is_ours(config):
             base = self.get_base_layer()
-            weight = torch.ones(1) if base.weight.is_meta else base_weight(base)
-            rms = weight.square().mean().sqrt().item()
+            weight = None if base.weight.is_meta else base_weight(base)
+            rms = 1.0 if weight is None else weight.square().mean().sqrt().item()
             if not math.isfinite(rms):
                 raise ValueError("the base weights of a target layer hold NaN or infinite values")
             # A layer of zeros (diffusers initialises some output layers so) has no scale of its own.
             self.prior_std[adapter_name] = config.prior_scale * (rms or 1.0 / math.sqrt(weight[0].numel()))
-            sample = [] if base.weight.is_meta else weight.flatten()[:BASE_SAMPLE].tolist()
+            sample = [] if weight is None else weight.flatten()[:BASE_SAMPLE].tolist()
             self.base_sample[adapter_name] = [float(f"{value:.4g}") for value in sample]
         super().update_layer(adapter_name, *args, config=config, **kwargs)
 
