@@ -65,17 +65,18 @@ def run_python(code, *arguments, path=()):
 # On disk
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("variational", [True, False])
-def test_round_trip_keeps_the_whole_posterior(tmp_path, variational):
-    model = trained(tiny(), variational=variational, prior_scale=0.2)
+def test_round_trip_keeps_the_whole_posterior(tmp_path, variational, dtype):
+    model = trained(tiny(dtype=dtype), variational=variational, prior_scale=0.2)
     adapter.save_adapter(model, tmp_path / "a" / "b")
-    loaded = adapter.load_adapter(tiny(), tmp_path / "a" / "b")
+    loaded = adapter.load_adapter(tiny(dtype=dtype), tmp_path / "a" / "b")
     before, after = get_peft_model_state_dict(model), get_peft_model_state_dict(loaded)
     assert len(before) == (6 if variational else 4)
     assert before.keys() == after.keys()
     for name in before:
-        assert torch.equal(before[name], after[name]), name
-    assert torch.equal(loaded.eval()(images()), model(images()))
+        assert torch.equal(before[name], after[name]) and before[name].dtype == torch.float32, name
+    assert torch.equal(loaded.eval()(images(dtype=dtype)), model(images(dtype=dtype)))
     assert torch.equal(adapter.total_kl(loaded), adapter.total_kl(model))
 
 
@@ -97,21 +98,25 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 folder, base, io = map(Path, sys.argv[1:])
 model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.SiLU(), nn.Flatten(), nn.Linear(64, 5))
-model.load_state_dict(load_file(base))
+weights = load_file(base)
+model.to(weights["0.weight"].dtype).load_state_dict(weights)
 model = PeftModel.from_pretrained(model, folder).eval()
 save_file({"y": model(load_file(io)["x"]).detach()}, io)
 assert not [name for name in sys.modules if name.startswith("vdu_peft")]
 """
 
 
-def test_stock_peft_loads_the_mean(saved):
-    folder, model = saved
-    base, io = folder.parent / "base.safetensors", folder.parent / "io.safetensors"
-    save_file(tiny().state_dict(), base)
-    save_file({"x": images()}, io)
+@pytest.mark.parametrize("variational", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stock_peft_loads_the_mean(tmp_path, variational, dtype):
+    model, folder = trained(tiny(dtype=dtype), variational=variational), tmp_path / "saved"
+    adapter.save_adapter(model, folder)
+    base, io = tmp_path / "base.safetensors", tmp_path / "io.safetensors"
+    save_file(tiny(dtype=dtype).state_dict(), base)
+    save_file({"x": images(dtype=dtype)}, io)
     result = run_python(STOCK, folder, base, io)
     assert result.returncode == 0, result.stderr
-    torch.testing.assert_close(load_file(io)["y"], model(images()), rtol=0, atol=1e-6)
+    torch.testing.assert_close(load_file(io)["y"], model(images(dtype=dtype)), rtol=0, atol=1e-6)
 
 
 def test_config_from_pretrained_keeps_our_fields(tmp_path):

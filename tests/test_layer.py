@@ -1,5 +1,7 @@
 """One contract over every layer type and dtype of the base, and the seam that PEFT must keep."""
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -256,6 +258,7 @@ def test_channels_last(name, dtype):
 
 @pytest.mark.parametrize("name", ["linear", "conv"])
 def test_compiled(name):
+    """Whole, by the backend that changes no arithmetic."""
     base, x = base_and_input(name)
     model, layer = wrap(base)
     torch.compiler.reset()
@@ -269,6 +272,16 @@ def test_compiled(name):
     assert torch.equal(compiled(x), model(x))
     with torch.no_grad():  # eager takes one pass here, compiled code two
         torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("variational", [True, False])
+def test_compiled_by_the_default_backend(variational):
+    base, x = base_and_input("conv")
+    model, layer = wrap(base, variational=variational)
+    torch.compiler.reset()
+    compiled = torch.compile(model)
+    assert_within(compiled(x), model(x), 2 * roundoff(layer, x))
 
 
 @pytest.fixture
