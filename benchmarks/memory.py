@@ -25,12 +25,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vdu_peft.adapter import attach, posterior_noise, total_kl
+from vdu_peft.adapter import attach, total_kl
 from vdu_peft.batch import Batch
 from vdu_peft.config import UnlearnConfig, VDUConfig
+from vdu_peft.contexts import posterior_noise
 from vdu_peft.denoiser import Denoiser
 from vdu_peft.families import FAMILIES
-from vdu_peft.trainer import loss_terms
+from vdu_peft.terms import loss_terms
 
 GIB = 2**30
 

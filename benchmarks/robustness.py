@@ -18,7 +18,8 @@ from benchmarks.digits import Setting, add_arguments, base_samples, figures, lea
 from benchmarks.processes import in_processes
 from benchmarks.results import StaleResultError, base_model, has_result, write_result
 from benchmarks.run import environment
-from vdu_peft.adapter import adapter_scale, load_adapter
+from vdu_peft.adapter import load_adapter
+from vdu_peft.contexts import adapter_scale
 from vdu_peft.demo import base_denoiser
 
 NAME = "robustness"

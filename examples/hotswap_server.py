@@ -28,8 +28,9 @@ from fastapi.responses import HTMLResponse
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
 
-from vdu_peft.adapter import AdapterError, adapter_scale, load_adapter
+from vdu_peft.adapter import AdapterError, load_adapter
 from vdu_peft.config import ConfigError, VDUConfig
+from vdu_peft.contexts import adapter_scale
 from vdu_peft.denoiser import Denoiser, ModelError
 from vdu_peft.evaluation import image_grid
 from vdu_peft.hotswap import hotswap, prepare_hotswap

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, inject_a
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from vdu_peft import adapter
+from vdu_peft import adapter, contexts
 from vdu_peft.adapter import AdapterError
 from vdu_peft.config import ConfigError, VDUConfig
 
@@ -301,14 +301,14 @@ def test_posterior_sample_is_held_and_undone():
     mean, parameters = model(images()), {n: p.clone() for n, p in model.named_parameters()}
     draws = []
     for seed in (0, 0, 1):
-        with adapter.posterior_sample(model, generator=torch.Generator().manual_seed(seed)):
+        with contexts.posterior_sample(model, generator=torch.Generator().manual_seed(seed)):
             draws.append(model(images()))
             assert torch.equal(model(images()), draws[-1])
         assert torch.equal(model(images()), mean)
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
     assert not torch.equal(draws[0], mean)
-    with pytest.raises(KeyError), adapter.posterior_sample(model):
+    with pytest.raises(KeyError), contexts.posterior_sample(model):
         raise KeyError
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, parameters[name]), name
@@ -325,7 +325,7 @@ def test_posterior_sample_moments():
     generator, count, samples = torch.Generator().manual_seed(0), 1000, []
     with torch.no_grad():
         for _ in range(count):
-            with adapter.posterior_sample(model, generator=generator):
+            with contexts.posterior_sample(model, generator=generator):
                 samples.append(model(x))
         mean, samples = model(x), torch.stack(samples)
     # 24 outputs, so 5 standard errors is a chance of 3e-5
@@ -337,7 +337,7 @@ def test_a_sample_of_an_adapter_that_is_not_there_is_refused():
     model = trained(tiny())
     with (
         pytest.raises(AdapterError, match="no variational adapter named 'typo'"),
-        adapter.posterior_sample(model, "typo"),
+        contexts.posterior_sample(model, "typo"),
     ):
         pass
 
@@ -345,7 +345,7 @@ def test_a_sample_of_an_adapter_that_is_not_there_is_refused():
 def test_a_deterministic_twin_samples_its_mean():
     model = trained(tiny(), variational=False)
     mean = model(images())
-    with adapter.posterior_sample(model):
+    with contexts.posterior_sample(model):
         assert torch.equal(model(images()), mean)
 
 
@@ -353,7 +353,7 @@ def test_scale_zero_is_the_base():
     expected = tiny()(images())
     model = trained(tiny())
     adapted = model(images())
-    with adapter.adapter_scale(model, 0):
+    with contexts.adapter_scale(model, 0):
         assert torch.equal(model(images()), expected)
     assert torch.equal(model(images()), adapted)
     assert not torch.equal(adapted, expected)
@@ -368,7 +368,7 @@ def test_scale_multiplies_the_delta(scale):
     at_0 = base(x)
     model = trained(base, target_modules=["0"])
     at_1 = model(x)
-    with adapter.adapter_scale(model, scale):
+    with contexts.adapter_scale(model, scale):
         torch.testing.assert_close(model(x), at_0 + scale * (at_1 - at_0), rtol=1e-12, atol=1e-12)
     assert torch.equal(model(x), at_1)
 
@@ -376,10 +376,10 @@ def test_scale_multiplies_the_delta(scale):
 def test_a_scale_that_is_no_number_leaves_no_trace():
     model = trained(tiny())
     expected = model(images())
-    with pytest.raises(TypeError), adapter.adapter_scale(model, {"0": 0.5, "3": "x"}):
+    with pytest.raises(TypeError), contexts.adapter_scale(model, {"0": 0.5, "3": "x"}):
         pass
     for scale in (float("nan"), float("inf"), {"0": 0.5, "3": float("nan")}):
-        with pytest.raises(AdapterError, match="nan is no scale|inf is no scale"), adapter.adapter_scale(model, scale):
+        with pytest.raises(AdapterError, match="nan is no scale|inf is no scale"), contexts.adapter_scale(model, scale):
             pass
     assert torch.equal(model(images()), expected)
 
@@ -397,12 +397,12 @@ def test_every_block_has_its_own_scale():
                     layer.scaling["default"] = scale
     scales = [layer.scaling["default"] for _, layer in adapter.variational_layers(twin)]
     assert {0.0, 0.5, 1.0, 2.0} == set(scales)
-    with adapter.adapter_scale(model, dict(reversed(expected.items()))):
+    with contexts.adapter_scale(model, dict(reversed(expected.items()))):
         scaled = model(x_t, timesteps).sample
     torch.testing.assert_close(scaled, twin(x_t, timesteps).sample, rtol=0, atol=1e-6)
     assert not torch.allclose(scaled, model(x_t, timesteps).sample, atol=1e-3)
     refused = pytest.raises(AdapterError, match="no adapted layer lies under 'down_block'")
-    with refused, adapter.adapter_scale(model, {"down_block": 0.5}):  # the name of no block, but how two begin
+    with refused, contexts.adapter_scale(model, {"down_block": 0.5}):  # the name of no block, but how two begin
         pass
 
 
@@ -412,7 +412,7 @@ def test_scale_leaves_no_trace(scale, training):
     """Neither in the scalings (1.975 x 0.7 / 0.7 is not 1.975) nor in what is trainable."""
     model = trained(tiny(), lora_alpha=7.9)
     model.requires_grad_(training)
-    with pytest.raises(KeyError), adapter.adapter_scale(model, scale):
+    with pytest.raises(KeyError), contexts.adapter_scale(model, scale):
         raise KeyError
     assert all(layer.scaling == {"default": 7.9 / 4} for _, layer in adapter.variational_layers(model))
     assert all(p.requires_grad == training for p in model.parameters())
@@ -514,10 +514,10 @@ def test_diffusers_add_adapter(conditional_unet):
         config = VDUConfig.for_model(conditional_unet)
         conditional_unet.add_adapter(config)
         assert torch.equal(conditional_unet(*x).sample, expected)
-        with adapter.posterior_sample(conditional_unet):
+        with contexts.posterior_sample(conditional_unet):
             assert not torch.equal(conditional_unet(*x).sample, expected)
         conditional_unet.disable_adapters()
-        with adapter.posterior_noise(conditional_unet):
+        with contexts.posterior_noise(conditional_unet):
             assert torch.equal(conditional_unet(*x).sample, expected)
     names = [name for name, _ in adapter.variational_layers(conditional_unet)]
     attentions = [n for n, m in conditional_unet.named_modules() if n.endswith((".attn1", ".attn2"))]
@@ -569,12 +569,12 @@ def test_contexts_refuse_a_merged_adapter():
     """A merged layer computes with its base weight alone: noise and scale would silently do nothing."""
     model = trained(tiny())
     model.merge_adapter()
-    with pytest.raises(AdapterError, match="posterior_sample: the adapter is merged"), adapter.posterior_sample(model):
+    with pytest.raises(AdapterError, match="posterior_sample: the adapter is merged"), contexts.posterior_sample(model):
         pass
-    with pytest.raises(AdapterError, match="adapter_scale: the adapter is merged"), adapter.adapter_scale(model, 0.5):
+    with pytest.raises(AdapterError, match="adapter_scale: the adapter is merged"), contexts.adapter_scale(model, 0.5):
         pass
     model.unmerge_adapter()
-    with adapter.adapter_scale(model, 0):
+    with contexts.adapter_scale(model, 0):
         torch.testing.assert_close(model(images()), tiny()(images()), atol=1e-6, rtol=0)
 
 
@@ -623,7 +623,7 @@ def test_adapters_are_switched_and_add_up(pair):
         target = dense[0] if layer.get_base_layer().weight.ndim == 4 else dense[3]
         target.weight.data += layer.get_delta_weight("first") + layer.get_delta_weight("second")
     torch.testing.assert_close(model(images()), dense(images()), **close)
-    with adapter.adapter_scale(model, 0):
+    with contexts.adapter_scale(model, 0):
         assert torch.equal(model(images()), tiny()(images()))
     model.merge_adapter()
     torch.testing.assert_close(model(images()), dense(images()), **close)

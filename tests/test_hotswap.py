@@ -8,9 +8,10 @@ from conftest import saved_adapter, tiny_text_pipeline, tiny_unet
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from vdu_peft.adapter import AdapterError, adapter_scale, attach, load_adapter, save_adapter, variational_layers
+from vdu_peft.adapter import AdapterError, attach, load_adapter, save_adapter, variational_layers
 from vdu_peft.compose import compose
 from vdu_peft.config import VDUConfig
+from vdu_peft.contexts import adapter_scale
 from vdu_peft.export import export_lora
 from vdu_peft.hotswap import hotswap, prepare_hotswap
 

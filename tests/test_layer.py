@@ -10,8 +10,8 @@ from peft.tuners.lora import layer as lora
 from torch import nn
 from torch.distributions import MultivariateNormal, kl_divergence
 
-from vdu_peft.adapter import posterior_noise
 from vdu_peft.config import VDUConfig
+from vdu_peft.contexts import posterior_noise
 from vdu_peft.layer import GaussianVariant, VariationalConv2d, VariationalLinear
 
 pytestmark = pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")

@@ -5,8 +5,9 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from vdu_peft.adapter import attach, describe, posterior_noise
+from vdu_peft.adapter import attach, describe
 from vdu_peft.config import VDUConfig
+from vdu_peft.contexts import posterior_noise
 
 bnb = pytest.importorskip("bitsandbytes", reason="the extra quantised is not installed")
 torchao_quantization = pytest.importorskip("torchao.quantization", reason="the extra quantised is not installed")

@@ -1,9 +1,10 @@
 """Variational Diffusion Unlearning as a PEFT adapter."""
 
 from vdu_peft import peft_range  # noqa: F401, first: names that the others import may be missing in another PEFT
-from vdu_peft.adapter import adapter_scale, attach, load_adapter, posterior_sample, save_adapter
+from vdu_peft.adapter import attach, load_adapter, save_adapter
 from vdu_peft.compose import compose
 from vdu_peft.config import UnlearnConfig, VDUConfig
+from vdu_peft.contexts import adapter_scale, posterior_sample
 from vdu_peft.data import ImageSource
 from vdu_peft.denoiser import Denoiser
 from vdu_peft.export import export_lora, merge

@@ -6,8 +6,9 @@ from importlib.util import find_spec
 import torch
 from PIL import Image
 
-from vdu_peft.adapter import adapter_scale, load_adapter
+from vdu_peft.adapter import load_adapter
 from vdu_peft.config import ConfigError
+from vdu_peft.contexts import adapter_scale
 from vdu_peft.data import ImageSource
 from vdu_peft.denoiser import Denoiser
 from vdu_peft.evaluation import check_evaluation, evaluate, held_out_loss_gap, labelled_grids

@@ -12,8 +12,9 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from torch import nn
 
-from vdu_peft.adapter import AdapterError, check_base, read_adapter_weights, refuse_merged, variational_layers
+from vdu_peft.adapter import AdapterError, check_base, read_adapter_weights, variational_layers
 from vdu_peft.config import VDUConfig
+from vdu_peft.contexts import refuse_merged
 
 
 def prepare_hotswap(peft_model: PeftModel, max_rank: int) -> None:

@@ -2,7 +2,7 @@
 
 A VDU adapter *is* a LoRA: ``lora_B`` holds the posterior mean, so merging, disabling, mixed batches,
 deletion, devices and saving stay PEFT's own. What is added is one parameter, ``lora_log_std``, a noisy
-forward that :func:`vdu_peft.adapter.posterior_noise` switches on, and a quicker one for inference on a CPU.
+forward that :func:`vdu_peft.contexts.posterior_noise` switches on, and a quicker one for inference on a CPU.
 """
 
 import math

@@ -14,25 +14,18 @@ from accelerate.utils import set_seed
 from peft import PeftModel
 from tqdm.auto import tqdm
 
-from vdu_peft import objective
-from vdu_peft.adapter import (
-    adapter_scale,
-    attach,
-    detach,
-    posterior_noise,
-    save_adapter,
-    total_kl,
-    trainable_state,
-)
-from vdu_peft.batch import Batch, draw_batch
+from vdu_peft.adapter import attach, detach, save_adapter, total_kl, trainable_state
+from vdu_peft.batch import draw_batch
 from vdu_peft.card import model_card
 from vdu_peft.checkpoint import check_resumable, load_checkpoint, run_options, save_checkpoint
 from vdu_peft.classes import Classes, check_labels, run_classes
 from vdu_peft.config import ConfigError, UnlearnConfig, VDUConfig
+from vdu_peft.contexts import adapter_scale, posterior_noise
 from vdu_peft.data import ImageDataset, check_images
 from vdu_peft.denoiser import Denoiser, as_denoiser
 from vdu_peft.history import WINDOW, recent, run_status, should_stop
 from vdu_peft.replay import generate_replay
+from vdu_peft.terms import loss_terms
 
 
 class UnlearnError(RuntimeError):
@@ -287,39 +280,6 @@ def _prepared(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch
         yield network, optimizer
     finally:
         accelerator.unwrap_model(network, keep_fp32_wrapper=False)
-
-
-def loss_terms(
-    denoiser: Denoiser, network: torch.nn.Module, batch: Batch, config: UnlearnConfig, accelerator: Accelerator
-) -> dict[str, torch.Tensor]:
-    """The objective's terms of one batch, scalars by name; ``network`` is the denoiser's, as accelerate wrapped it."""
-    images, noise, timesteps, labels, anchors = batch
-    half = len(images) // 2
-    x_t = denoiser.add_noise(images, noise, timesteps)
-    with accelerator.autocast():
-        with torch.no_grad(), adapter_scale(denoiser.model, 0):  # the teacher: the same module, adapter off
-            base_noise_pred = denoiser.noise_pred(x_t, timesteps, labels)
-            if labels is not None and config.plasticity == "hinge":
-                anchor_noise_pred = denoiser.noise_pred(x_t[:half], timesteps[:half], anchors)
-        noise_pred = denoiser.noise_pred(x_t, timesteps, labels, model=network)
-    loss = objective.denoising_loss(noise_pred[:half], noise[:half])
-    base_loss = objective.denoising_loss(base_noise_pred[:half], noise[:half])
-    terms = {
-        "stability": objective.stability(noise_pred[half:], base_noise_pred[half:], noise[half:]),
-        "forget_ratio": objective.forget_ratio(loss, base_loss),
-    }
-    if config.plasticity == "elbo":
-        return {"plasticity": objective.elbo(loss), **terms}
-    terms["plasticity"] = objective.hinge(loss, base_loss, config.forget_target)
-    if labels is not None:
-        terms["redirect"] = objective.redirect(
-            noise_pred[:half],
-            base_noise_pred[:half],
-            anchor_noise_pred,
-            noise[:half],
-            conditional=labels[:half] != (-1 if config.null_class is None else config.null_class),
-        )
-    return terms
 
 
 def _save(
