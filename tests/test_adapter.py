@@ -1,6 +1,7 @@
 """The adapter as a whole: attaching, sampling, scaling, and what is on disk when all goes well or not."""
 
 import copy
+import json
 import os
 import signal
 import subprocess
@@ -126,6 +127,9 @@ def test_config_from_pretrained_keeps_our_fields(tmp_path):
     for name in ("r", "lora_alpha", "target_modules", "prior_scale", "init_scale", "variational"):
         assert getattr(stored, name) == getattr(config, name), name
     assert VDUConfig.from_pretrained(tmp_path, prior_scale=0.5).prior_scale == 0.5
+    written = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps({**written, "rank_pattern": None}))
+    assert VDUConfig.from_pretrained(tmp_path).rank_pattern == {}
 
 
 def test_config_of_a_plain_lora_is_refused(tmp_path):

@@ -139,6 +139,12 @@ def test_a_config_of_a_user_s_own_kind_is_not_read():
         Denoiser(model, DDPMScheduler())
 
 
+@pytest.mark.parametrize("num_images", [0, -1])
+def test_no_image_to_draw(unet, num_images):
+    with pytest.raises(ModelError, match=f"num_images must be at least 1, not {num_images}"):
+        Denoiser(unet, DDPMScheduler()).sample(num_images, seed=0)
+
+
 def test_seeds_have_a_range(unet):
     denoiser = Denoiser(unet, DDPMScheduler())
     for seed in (-1, 20240101123456, [2**64]):

@@ -123,7 +123,8 @@ class VDUConfig(LoraConfig):
             raise ConfigError(f"{file}: not a VDU adapter (no prior_scale); load it with peft as a plain LoRA")
         names = {f.name for f in dataclasses.fields(cls) if f.init}
         try:
-            return cls(**{k: v for k, v in {**stored, **options}.items() if k in names})
+            # A null is an option's default, which of some is no None.
+            return cls(**{k: v for k, v in {**stored, **options}.items() if k in names and v is not None})
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{file}: {error}") from error
 

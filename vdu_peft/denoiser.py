@@ -205,14 +205,16 @@ class Denoiser:
             float32 (num_images, C, H, W) on the CPU, in [-1, 1].
 
         Raises:
-            ModelError: more steps than the schedule has, guidance for a model without a null label, a seed that is
-                out of range, or not one for each image.
+            ModelError: no image to draw, more steps than the schedule has, guidance for a model without a null label,
+                a seed that is out of range, or not one for each image.
         """
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
         if guidance_scale > 1 and (self.null_label is None or class_labels is None):
             raise ModelError("guidance needs class labels and a null label, the one that stands for no condition")
         if not 1 <= num_inference_steps <= self.num_train_timesteps:
             raise ModelError(f"inference steps must lie in 1 to {self.num_train_timesteps}, not {num_inference_steps}")
+        if num_images < 1:
+            raise ModelError(f"num_images must be at least 1, not {num_images}")
         seeds = seed if isinstance(seed, Sequence) else [int(seed) * 1_000_003 + i for i in range(num_images)]
         if len(seeds) != num_images:
             raise ModelError(f"seed: {len(seeds)} of them for {num_images} images")
