@@ -24,10 +24,11 @@ from onnxruntime import InferenceSession
 from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from benchmarks.memory import LiveBytes
+from vdu_peft import export
 from vdu_peft.adapter import AdapterError, attach, load_adapter, save_adapter, variational_layers
 from vdu_peft.card import model_card
 from vdu_peft.config import ConfigError, VDUConfig
@@ -281,6 +282,21 @@ def test_transformers_are_exported_and_merged_too(tmp_path, family):
     merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     merged = DiffusionPipeline.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(draw(merged), ours, atol=1e-3, rtol=0)  # W + BA added once
+
+
+@pytest.mark.parametrize("file_format", ["peft", "diffusers", "kohya"])
+def test_an_export_that_is_not_what_was_written_is_refused(tmp_path, monkeypatch, file_format):
+    """As by a disk that lies: one value of one tensor."""
+    adapter = saved_adapter(tmp_path / "adapter", model=tiny_text_pipeline(tmp_path / "tokens").unet)
+
+    def lying_save_file(tensors, *args, **kwargs):
+        name = next(name for name in tensors if "alpha" not in name)
+        save_file({**tensors, name: tensors[name] + 1e-3}, *args, **kwargs)
+
+    monkeypatch.setattr(export, "save_file", lying_save_file)
+    with pytest.raises(AdapterError, match="does not read back as it was written"):
+        export_lora(adapter, tmp_path / "lora", file_format)
+    assert not (tmp_path / "lora").exists()
 
 
 def test_lora_files_are_for_text_to_image_models(tmp_path):
