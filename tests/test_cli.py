@@ -239,7 +239,15 @@ if not torch.cuda.is_available():
     WOULD_NOT_START += [("--mixed_precision=fp16", "mixed_precision fp16: needs a GPU")]
 
 
-@pytest.mark.parametrize("option, message", [*WOULD_NOT_START, ("--target_modules=nothing_like_it", "target_modules")])
+FOUND_BY_A_DRY_RUN = [
+    *WOULD_NOT_START,
+    ("--target_modules=nothing_like_it", "target_modules"),
+    ("--replay_inference_steps=2000", "inference steps must lie in 1 to 1000"),
+    ("--resume_from_checkpoint=latest", "no checkpoint to resume from"),
+]
+
+
+@pytest.mark.parametrize("option, message", FOUND_BY_A_DRY_RUN)
 def test_a_dry_run_finds_what_would_not_start(unlearn_command, tmp_path, capsys, option, message):
     assert main([*unlearn_command, option, "--dry_run"]) == 2
     said = capsys.readouterr()

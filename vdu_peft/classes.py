@@ -44,6 +44,8 @@ def run_classes(
     Raises:
         ConfigError: labels that the model has not, that contradict each other, or that are missing.
     """
+    # The trainer draws its batches on the CPU.
+    forget_labels, anchor_labels = (None if x is None else x.cpu() for x in (forget_labels, anchor_labels))
     given = {name: getattr(config, name) for name in ("forget_class", "anchor_class", "null_class")}
     given = {name: value for name, value in given.items() if value is not None}
     if not denoiser.num_classes:

@@ -60,7 +60,7 @@ def run_unlearn(args: argparse.Namespace) -> int:
     print(f"{len(forget)} forget images of {size}; {args.model}")
     if args.dry_run:
         run_classes(denoiser, config, forget_labels, len(forget), anchor_labels)
-        check_run(denoiser, config, adapter, args.output_dir)
+        check_run(denoiser, config, adapter, args.output_dir, resume=bool(args.resume_from_checkpoint))
         print("dry run: model, images and options are fine")
         return 0
     result = unlearn(

@@ -176,6 +176,11 @@ class Denoiser:
         return self.schedule.noise_pred(prediction, x_t, timesteps)
 
     @torch.no_grad()
+    def check_inference_steps(self, num_inference_steps: int) -> None:
+        """Raises ModelError unless the schedule has so many steps to sample with."""
+        if not 1 <= num_inference_steps <= self.num_train_timesteps:
+            raise ModelError(f"inference steps must lie in 1 to {self.num_train_timesteps}, not {num_inference_steps}")
+
     def sample(
         self,
         num_images: int,
@@ -211,8 +216,7 @@ class Denoiser:
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
         if guidance_scale > 1 and (self.null_label is None or class_labels is None):
             raise ModelError("guidance needs class labels and a null label, the one that stands for no condition")
-        if not 1 <= num_inference_steps <= self.num_train_timesteps:
-            raise ModelError(f"inference steps must lie in 1 to {self.num_train_timesteps}, not {num_inference_steps}")
+        self.check_inference_steps(num_inference_steps)
         if num_images < 1:
             raise ModelError(f"num_images must be at least 1, not {num_images}")
         seeds = seed if isinstance(seed, Sequence) else [int(seed) * 1_000_003 + i for i in range(num_images)]

@@ -97,6 +97,7 @@ def unlearn(
     denoiser = as_denoiser(model)
     forget = check_images(forget, denoiser.image_size, denoiser.channels, "forget images")
     classes = run_classes(denoiser, config, forget_labels, len(forget), anchor_labels, draws_replay=replay is None)
+    replay_labels = None if replay_labels is None else replay_labels.cpu()
     replay = given_replay = _check_replay(replay, replay_labels, denoiser)
     output_dir = Path(output_dir) if output_dir is not None else None
     if resume:
@@ -213,12 +214,19 @@ def unlearn(
     )
 
 
-def check_run(denoiser: Denoiser, config: UnlearnConfig, adapter: VDUConfig, output_dir: Path) -> None:
-    """Whether :func:`unlearn` would start with this precision, tracker and adapter; the model is left as it was.
+def check_run(
+    denoiser: Denoiser, config: UnlearnConfig, adapter: VDUConfig, output_dir: Path, resume: bool = False
+) -> None:
+    """Whether :func:`unlearn` would start with this precision, tracker, replay and adapter, and could be resumed.
+
+    The model is left as it was.
 
     Raises:
-        ConfigError: it would not.
+        ConfigError, ModelError, AdapterError: it would not.
     """
+    if resume:
+        check_resumable(output_dir, config)
+    denoiser.check_inference_steps(config.replay_inference_steps)
     _accelerator(config, output_dir)
     make_trainable_as_before = trainable_state(denoiser.model)
     attach(denoiser.model, copy.deepcopy(adapter))  # PEFT writes into the config
