@@ -139,6 +139,14 @@ def test_a_config_of_a_user_s_own_kind_is_not_read():
         Denoiser(model, DDPMScheduler())
 
 
+def test_sampling_keeps_no_graph(unet):
+    """Of all steps of all images it would fill any memory."""
+    assert all(p.requires_grad for p in unet.parameters())
+    denoiser = Denoiser(unet, DDPMScheduler())
+    images = denoiser.sample(2, seed=0, num_inference_steps=2)
+    assert not images.requires_grad and not denoiser.features(images, [10], seed=0).requires_grad
+
+
 @pytest.mark.parametrize("num_images", [0, -1])
 def test_no_image_to_draw(unet, num_images):
     with pytest.raises(ModelError, match=f"num_images must be at least 1, not {num_images}"):

@@ -175,12 +175,12 @@ class Denoiser:
         prediction = self._predict(x_t, told, class_labels, model or self.model)
         return self.schedule.noise_pred(prediction, x_t, timesteps)
 
-    @torch.no_grad()
     def check_inference_steps(self, num_inference_steps: int) -> None:
         """Raises ModelError unless the schedule has so many steps to sample with."""
         if not 1 <= num_inference_steps <= self.num_train_timesteps:
             raise ModelError(f"inference steps must lie in 1 to {self.num_train_timesteps}, not {num_inference_steps}")
 
+    @torch.no_grad()
     def sample(
         self,
         num_images: int,
