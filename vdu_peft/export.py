@@ -94,7 +94,7 @@ def _check_merged_values(peft_model: PeftModel, dtype: torch.dtype, adapter: str
     for name, layer in variational_layers(peft_model.get_base_model()):
         low, high = torch.aminmax(layer.merged_weight("default"))
         if not -largest <= low <= high <= largest:  # of a NaN no comparison is true
-            raise AdapterError(f"{adapter}: merged into {name} it gives weights beyond {dtype}; lower its scale")
+            raise AdapterError(f"{adapter}: merged into {name} it gives weights beyond {dtype}; choose a wider dtype")
 
 
 def _digest(tensor: torch.Tensor) -> bytes:
