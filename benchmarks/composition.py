@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
+from benchmarks.bases import DEMO
 from benchmarks.digits import Setting, add_arguments, base_samples, figures, learn, samples, setting_of
 from benchmarks.processes import in_processes
-from benchmarks.results import StaleResultError, base_model, has_result, write_result
+from benchmarks.results import StaleResultError, has_result, write_result
 from benchmarks.run import environment
 from vdu_peft.adapter import load_adapter
 from vdu_peft.compose import compose
@@ -85,7 +86,7 @@ def measure(part: Part, setting: Setting) -> None:
     denoiser.model = WAYS[part.way](denoiser.model, part.digits, setting)
     record = {
         "part": asdict(part),
-        "base_model": base_model(),
+        "base_model": DEMO.digest,
         "config": asdict(setting.config),
         "num_samples": setting.num_samples,
         "sampler": setting.sampler,
@@ -100,7 +101,7 @@ def missing(sets: Sequence[tuple[int, ...]], setting: Setting) -> tuple[list[Par
     """What is to be made: first the singles, which the others are put together from, and then the others."""
 
     def is_made(part: Part) -> bool:
-        return has_result(setting.results / f"{part.name}.json")
+        return has_result(setting.results / f"{part.name}.json", DEMO.digest)
 
     others = [part for digits in sets for way in WAYS if way != "single" and not is_made(part := Part(way, digits))]
     needed = {digit for part in others for digit in part.digits}

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from benchmarks.bases import DEMO
 from benchmarks.experiment import RESULTS
 from benchmarks.judges import lenet
-from benchmarks.results import base_model, kept_images
+from benchmarks.results import kept_images
 from benchmarks.run import code_version
 from vdu_peft.adapter import save_adapter
 from vdu_peft.config import UnlearnConfig
@@ -36,7 +37,7 @@ class Setting:
     @property
     def cache(self) -> Path:
         """Of adapters and samples, shared between benchmarks; another base model or other options have another."""
-        key = hashlib.sha256((base_model() + repr(self.config)).encode()).hexdigest()[:8]
+        key = hashlib.sha256((DEMO.digest + repr(self.config)).encode()).hexdigest()[:8]
         return self.results.parent / "digits-cache" / key
 
     @property

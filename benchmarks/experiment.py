@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
+from benchmarks.bases import BASES, Base
 from benchmarks.methods import METHODS
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
@@ -29,16 +30,23 @@ class Entry:
 
 @dataclass(frozen=True)
 class Run:
-    """One method forgetting one class with one seed; its result is one file."""
+    """One method forgetting one class from so many images with one seed; its result is one file."""
 
     experiment: "Experiment"
     entry: Entry
     forget_class: int
+    num_forget_images: int
     seed: int
 
     @property
     def name(self) -> str:
-        return f"{self.entry.label}-{self.forget_class}-{self.seed}"
+        several = len(self.experiment.num_forget_images) > 1
+        size = f"-{self.num_forget_images}images" if several else ""
+        return f"{self.entry.label}-{self.forget_class}{size}-{self.seed}"
+
+    @property
+    def base(self) -> Base:
+        return BASES[self.experiment.base]
 
     @property
     def spec(self) -> dict:
@@ -46,7 +54,8 @@ class Run:
         experiment = asdict(self.experiment)
         shared = {name: experiment[name] for name in SHARED}
         method = {"label": self.entry.label, "method": self.entry.method, "options": self.entry.options}
-        return {**method, "forget_class": self.forget_class, "seed": self.seed, **shared}
+        of_run = {name: getattr(self, name) for name in ("forget_class", "seed", "num_forget_images")}
+        return {**method, **of_run, **shared}
 
     def result_file(self, results: Path) -> Path:
         return results / self.experiment.name / f"{self.name}.json"
@@ -87,30 +96,34 @@ class Relearning:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Every entry forgets every class with every seed, at the same batch size and steps at most.
+    """Every entry forgets every class from every number of images with every seed, in the same steps at most.
 
-    The base model, judge and images are the demo's.
+    Attributes:
+        base: the base model's name in ``benchmarks.bases``.
     """
 
     name: str
     title: str
+    base: str
     forget_classes: list[int]
     seeds: list[int]
     num_samples: int
     max_train_steps: int
     train_batch_size: int
-    num_forget_images: int
+    num_forget_images: list[int]
     entries: list[Entry]
     relearning: list[Relearning]
 
     @property
     def runs(self) -> list[Run]:
-        return [Run(self, *run) for run in product(self.entries, self.forget_classes, self.seeds)]
+        return [
+            Run(self, *run) for run in product(self.entries, self.forget_classes, self.num_forget_images, self.seeds)
+        ]
 
 
 # Fields of an experiment that each of its results depends on.
-SHARED = ("num_samples", "max_train_steps", "train_batch_size", "num_forget_images", "relearning")
-FIELDS = {"title", "forget_classes", "seeds", "num_samples", "max_train_steps", "train_batch_size", "methods"}
+SHARED = ("base", "num_samples", "max_train_steps", "train_batch_size", "relearning")
+FIELDS = {"title", "base", "forget_classes", "seeds", "num_samples", "max_train_steps", "train_batch_size", "methods"}
 
 
 def read_experiment(file: Path) -> Experiment:
@@ -139,6 +152,8 @@ def read_experiment(file: Path) -> Experiment:
         if entry.method not in METHODS:
             known = ", ".join(sorted(METHODS))
             raise ExperimentError(f"{file}: unknown method {entry.method!r}; known are {known}")
+    if content["base"] not in BASES:
+        raise ExperimentError(f"{file}: unknown base {content['base']!r}; known are {', '.join(sorted(BASES))}")
     if len({entry.label for entry in entries}) < len(entries):
         raise ExperimentError(f"{file}: two methods have the same label")
-    return Experiment(name=file.stem, entries=entries, relearning=relearning, **{"num_forget_images": 100, **content})
+    return Experiment(name=file.stem, entries=entries, relearning=relearning, **{"num_forget_images": [100], **content})

@@ -3,22 +3,30 @@
 import time
 from collections.abc import Callable
 
+import torch
+
 from benchmarks.baselines import (
     erasediff,
     gradient_ascent,
     noise_target,
+    retrained,
     salun,
     selective_amnesia,
     siss,
     vdu,
 )
+from benchmarks.bases import as_judged
 from benchmarks.task import Outcome, Task
 from vdu_peft.config import UnlearnConfig, VDUConfig
+from vdu_peft.demo import demo_judge
 from vdu_peft.trainer import UnlearnError, unlearn
 
 
-def vdu_peft(task: Task, adapter: dict | None = None, **options) -> Outcome:
-    """This package, from the forget images alone; options of UnlearnConfig, ``adapter`` those of VDUConfig."""
+def vdu_peft(task: Task, adapter: dict | None = None, oracle: bool = False, **options) -> Outcome:
+    """This package, from the forget images alone; options of UnlearnConfig, ``adapter`` those of VDUConfig.
+
+    With ``oracle`` the demo's judge takes the forget images' digit out of the replay, in place of our filter.
+    """
     config = UnlearnConfig(
         max_train_steps=task.max_train_steps, train_batch_size=task.train_batch_size, seed=task.seed, **options
     )
@@ -29,6 +37,7 @@ def vdu_peft(task: Task, adapter: dict | None = None, **options) -> Outcome:
             task.forget,
             config,
             VDUConfig.for_model(task.denoiser.model, **(adapter or {})),
+            replay=oracle_replay(task, config) if oracle else None,
             callback=lambda step, terms: times.append(time.process_time()),
         )
     except UnlearnError:  # as a baseline that is not finite: a result like any other
@@ -41,10 +50,22 @@ def vdu_peft(task: Task, adapter: dict | None = None, **options) -> Outcome:
     return Outcome(result.status, len(times), result.trained_parameters, seconds)
 
 
+def oracle_replay(task: Task, config: UnlearnConfig) -> torch.Tensor:
+    """The model's own samples, less those that the demo's judge gives the forget images' most frequent label."""
+    judge = demo_judge()
+    _, forget_labels = judge.judge(as_judged(task.forget))
+    images = task.denoiser.sample(
+        config.replay_size, seed=config.seed + 7919, num_inference_steps=config.replay_inference_steps
+    )
+    _, labels = judge.judge(as_judged(images))
+    return images[labels != forget_labels.mode().values]
+
+
 METHODS: dict[str, Callable[..., Outcome]] = {
     "erasediff": erasediff.erasediff,
     "gradient_ascent": gradient_ascent.gradient_ascent,
     "noise_target": noise_target.noise_target,
+    "retrained": retrained.retrained,
     "salun": salun.salun,
     "selective_amnesia": selective_amnesia.selective_amnesia,
     "siss": siss.siss,

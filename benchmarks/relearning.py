@@ -4,6 +4,7 @@ import copy
 from dataclasses import replace
 
 from benchmarks.baselines.finetune import draw, finetune, gradients, loss
+from benchmarks.bases import as_judged
 from benchmarks.experiment import Relearning
 from benchmarks.judges import lenet
 from benchmarks.task import Task
@@ -27,7 +28,7 @@ def relearn(task: Task, options: Relearning, forget_class: int) -> list[float]:
 
     def measure(step: int) -> None:
         if step in options.steps:
-            digits = lenet(demo_samples(twin, options.num_samples, task.seed, None))
+            digits = lenet(as_judged(demo_samples(twin, options.num_samples, task.seed, None)))
             shares.append((digits == forget_class).double().mean().item())
 
     finetune(

@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from benchmarks.bases import DEMO
 from benchmarks.digits import Setting, add_arguments, base_samples, figures, learn, samples, setting_of
 from benchmarks.processes import in_processes
-from benchmarks.results import StaleResultError, base_model, has_result, write_result
+from benchmarks.results import StaleResultError, has_result, write_result
 from benchmarks.run import environment
 from vdu_peft.adapter import load_adapter
 from vdu_peft.contexts import adapter_scale
@@ -62,13 +63,13 @@ def measure(digit: int, setting: Setting) -> None:
         merged = load_adapter(base_denoiser().model, setting.adapter(digit)).merge_and_unload()
         denoiser.model = rounded(merged, rounding)
         states[f"merged, {rounding}"] = figures(before, samples(denoiser, setting), [digit])
-    denoiser.model = load_adapter(base, setting.adapter(digit)).get_base_model()
+    denoiser.model = load_adapter(base, setting.adapter(digit)).get_DEMO.digest
     for scale in SCALES:
         with adapter_scale(denoiser.model, scale):
             states[f"scale {scale:g}"] = figures(before, samples(denoiser, setting), [digit])
     record = {
         "digit": digit,
-        "base_model": base_model(),
+        "base_model": DEMO.digest,
         "config": asdict(setting.config),
         "num_samples": setting.num_samples,
         "sampler": setting.sampler,
@@ -90,7 +91,7 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     setting = setting_of(args, NAME)
     try:
-        missing = [digit for digit in args.digits if not has_result(result_file(digit, setting.results))]
+        missing = [digit for digit in args.digits if not has_result(result_file(digit, setting.results), DEMO.digest)]
     except StaleResultError as error:
         parser.error(str(error))
     if args.dry_run:

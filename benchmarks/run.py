@@ -25,31 +25,33 @@ import torch
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
+from benchmarks.bases import DATA, BaseError, as_judged
 from benchmarks.experiment import EXPERIMENTS, RESULTS, ExperimentError, Run, read_experiment
 from benchmarks.judges import lenet
 from benchmarks.methods import METHODS
 from benchmarks.relearning import relearn
-from benchmarks.results import StaleResultError, base_model, has_result, kept_images, write_result
+from benchmarks.results import StaleResultError, has_result, kept_images, write_result
 from benchmarks.task import Task
-from vdu_peft.demo import SAMPLE_STEPS, base_denoiser, demo_images, demo_judge, demo_samples, peak_memory_mib
+from vdu_peft.demo import SAMPLE_STEPS, demo_judge, demo_samples, peak_memory_mib
 from vdu_peft.evaluation import evaluate, held_out_loss_gap, labelled_grids
 from vdu_peft.metrics import class_shares, pul, pul_interval
 
 
-def run(item: Run, results: Path, threads: int, commit: str) -> None:
+def run(item: Run, results: Path, data_dir: Path, threads: int, commit: str) -> None:
     """Forget, sample, judge, write the result and a picture beside it; in a process of its own."""
     torch.set_num_threads(threads)
     experiment = item.experiment
-    denoiser = base_denoiser()
-    images = demo_images(item.forget_class, denoiser)
+    denoiser = item.base.denoiser()
+    images = item.base.images(item.forget_class, item.num_forget_images, denoiser, data_dir)
     before = before_images(item, results)
     task = Task(
         denoiser,
-        images.forget[: experiment.num_forget_images],
+        images.forget,
         images.retain,
         experiment.max_train_steps,
         experiment.train_batch_size,
         item.seed,
+        item.base.retrained(item.forget_class),
     )
     held_out = (images.reference, images.reference_labels, item.forget_class, item.seed + 1)
     gap_before = held_out_loss_gap(denoiser, *held_out)
@@ -59,16 +61,19 @@ def run(item: Run, results: Path, threads: int, commit: str) -> None:
     cpu_seconds, peak_mib = time.process_time() - start, peak_memory_mib()
     after = demo_samples(denoiser, experiment.num_samples, item.seed, None)
     gaps = (gap_before, held_out_loss_gap(denoiser, *held_out))
-    report = evaluate(before, after, demo_judge(), item.forget_class, images.reference, images.reference_labels, gaps)
+    judged_before, judged_after, reference = map(as_judged, (before, after, images.reference))
+    report = evaluate(
+        judged_before, judged_after, demo_judge(), item.forget_class, reference, images.reference_labels, gaps
+    )
     record = {
         "spec": item.spec,
-        "base_model": base_model(),
+        "base_model": item.base.digest,
         "sampler": f"DDIM, {SAMPLE_STEPS} steps, seed {item.seed + 1}",
         **outcome._asdict(),
         "cpu_seconds": cpu_seconds,
         "peak_memory_mib": peak_mib,
         "report": asdict(report),
-        "lenet": lenet_verdict(before, after, item.forget_class),
+        "lenet": lenet_verdict(judged_before, judged_after, item.forget_class),
         "relearning": [
             {**asdict(options), "shares": relearn(task, options, item.forget_class)}
             for options in experiment.relearning
@@ -97,15 +102,29 @@ def lenet_verdict(before: torch.Tensor, after: torch.Tensor, forget_class: int) 
 def before_images(item: Run, results: Path) -> torch.Tensor:
     """The base model's samples, drawn once for all runs of the same number and seed."""
     # Another base model has other samples.
-    file = results / f"before-{base_model()}-{item.experiment.num_samples}-{item.seed}.safetensors"
+    file = results / f"before-{item.base.digest}-{item.experiment.num_samples}-{item.seed}.safetensors"
     return kept_images(
-        file, lambda: demo_samples(base_denoiser(), item.experiment.num_samples, item.seed, "base samples")
+        file, lambda: demo_samples(item.base.denoiser(), item.experiment.num_samples, item.seed, "base samples")
     )
 
 
 def is_missing(item: Run, results: Path) -> bool:
     """Whether it is still to be run; raises where there is a result of other options or of another base model."""
-    return item.load(results) is None or not has_result(item.result_file(results))
+    return item.load(results) is None or not has_result(item.result_file(results), item.base.digest)
+
+
+def check_files(items: list[Run], data_dir: Path) -> None:
+    """Whether the real images and retrained models that the runs need are there.
+
+    Raises:
+        BaseError: they are not.
+    """
+    for item in items:
+        if item.base.data is not None:
+            item.base.file(data_dir)
+        folder = item.base.retrained(item.forget_class)
+        if item.entry.method == "retrained" and not folder.is_dir():
+            raise BaseError(f"{folder}: no model trained without class {item.forget_class} there; train it, see README")
 
 
 def code_version() -> str:
@@ -131,12 +150,12 @@ def environment(commit: str) -> dict:
     }
 
 
-def run_all(items: list[Run], results: Path, jobs: int) -> list[Run]:
+def run_all(items: list[Run], results: Path, data_dir: Path, jobs: int) -> list[Run]:
     """Every run in a process of its own, ``jobs`` at a time; returns those that failed, which say why themselves."""
     # Spawned: a forked process would share the parent's peak memory and torch's threads.
     context = multiprocessing.get_context("spawn")
     # Read once: what is committed while they run is not what they run.
-    arguments = (results, max(1, torch.get_num_threads() // jobs), code_version())
+    arguments = (results, data_dir, max(1, torch.get_num_threads() // jobs), code_version())
     waiting, running, failed = list(items), {}, []
     with tqdm(total=len(items), desc="runs") as bar:
         while waiting or running:
@@ -158,6 +177,7 @@ def main(argv=None) -> int:
     parser.add_argument("names", nargs="*", metavar="name", help="experiments, by file name; all when none is given")
     parser.add_argument("--experiments_dir", type=Path, default=EXPERIMENTS)
     parser.add_argument("--results_dir", type=Path, default=RESULTS)
+    parser.add_argument("--data_dir", type=Path, default=DATA, help="real images of the base models' data sets")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; the cores are shared out among them")
     parser.add_argument("--dry_run", action="store_true", help="list the missing runs and end")
     args = parser.parse_args(argv)
@@ -165,7 +185,8 @@ def main(argv=None) -> int:
     try:
         experiments = [read_experiment(args.experiments_dir / f"{name}.json") for name in names]
         missing = [item for e in experiments for item in e.runs if is_missing(item, args.results_dir)]
-    except (ExperimentError, StaleResultError) as error:
+        check_files(missing, args.data_dir)
+    except (ExperimentError, StaleResultError, BaseError) as error:
         print(error, file=sys.stderr)
         return 2
     if args.dry_run:
@@ -173,7 +194,7 @@ def main(argv=None) -> int:
         return 0
     for item in missing:
         before_images(item, args.results_dir)  # here, or every process would draw its own
-    failed = run_all(missing, args.results_dir, args.jobs)
+    failed = run_all(missing, args.results_dir, args.data_dir, args.jobs)
     for item in failed:
         print(f"{item.experiment.name}/{item.name} failed", file=sys.stderr)
     return int(bool(failed))

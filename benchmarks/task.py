@@ -1,6 +1,7 @@
 """What every method is given: one base model, the forget images, and what it may retain by."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ class Task:
         max_train_steps: optimizer steps.
         train_batch_size: forget images, and as many retained ones, per step.
         seed: of everything random.
+        retrained: folder of the model trained without the class, where there is one.
     """
 
     denoiser: Denoiser
@@ -28,6 +30,7 @@ class Task:
     max_train_steps: int
     train_batch_size: int
     seed: int
+    retrained: Path | None = None
 
 
 class Outcome(NamedTuple):

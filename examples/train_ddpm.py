@@ -10,6 +10,14 @@ Its class-conditional twin, whose last label stands for "any class":
     python examples/train_ddpm.py --train_data mnist.npz --image_column train_images --label_column train_labels \
         --class_conditional --resolution 28 --channels 1 --output_dir mnist-ddpm-classes
 
+The benchmarks' models, whose options lie in files, one on each line; the command line wins over them:
+
+    python examples/train_ddpm.py @examples/configs/ddpm-mnist16.txt --train_data mnist.npz --output_dir mnist16
+    python examples/train_ddpm.py @examples/configs/ddpm-mnist16.txt --train_data mnist.npz --output_dir mnist16-no-3 \
+        --label_column train_labels --labels 0 1 2 4 5 6 7 8 9
+    python examples/train_ddpm.py @examples/configs/ddpm-cifar10.txt --train_data uoft-cs/cifar10 --image_column img \
+        --output_dir cifar10
+
 Interrupted runs go on with ``--resume_from_checkpoint latest``.
 """
 
@@ -40,7 +48,9 @@ MAX_WEIGHT = 10.0
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@"
+    )
     parser.add_argument("--train_data", required=True, help="folder of images, .npz file, or hub dataset id")
     parser.add_argument("--image_column", help="array name in an .npz, or image column of a hub dataset")
     parser.add_argument("--label_column", help="array name or column of the labels, for --labels")

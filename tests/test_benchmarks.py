@@ -6,21 +6,24 @@ import shutil
 import signal
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from benchmarks import adapter_cost, composition, digits, robustness, run, tables
 from benchmarks.baselines import erasediff, salun, selective_amnesia, siss, vdu
 from benchmarks.baselines.finetune import draw, finetune, gradients, loss, parameters
+from benchmarks.bases import BASES, Base, as_judged
 from benchmarks.experiment import EXPERIMENTS, Entry, read_experiment
 from benchmarks.methods import METHODS
 from benchmarks.task import Task
 from vdu_peft.adapter import load_adapter
 from vdu_peft.config import UnlearnConfig, VDUConfig
-from vdu_peft.demo import base_denoiser, demo_images, demo_judge
+from vdu_peft.data import to_tensor
+from vdu_peft.demo import base_denoiser, demo_images, demo_judge, demo_samples
 from vdu_peft.denoiser import Denoiser
 from vdu_peft.metrics import frechet_distance
 from vdu_peft.trainer import lr_factor
@@ -74,7 +77,8 @@ ENTRIES = {e.label: e for file in sorted(EXPERIMENTS.glob("*.json")) for e in re
 
 
 # One entry of each kind: its others differ in strength.
-KINDS = {(e.method, e.options.get("retain", "none")): e for e in ENTRIES.values() if e.method != "vdu_peft"}
+NOT_TRAINED_HERE = ("vdu_peft", "retrained")
+KINDS = {(e.method, e.options.get("retain", "none")): e for e in ENTRIES.values() if e.method not in NOT_TRAINED_HERE}
 
 
 @pytest.mark.parametrize(("method", "retain"), sorted(KINDS))
@@ -103,6 +107,7 @@ def test_every_baseline_of_an_experiment_forgets(task, method, retain):
 @pytest.mark.parametrize("label", sorted(label for label, e in ENTRIES.items() if e.method == "vdu_peft"))
 def test_every_run_of_ours_has_options_that_exist(label):
     options = dict(ENTRIES[label].options)
+    options.pop("oracle", None)
     VDUConfig(target_modules=["x"], **options.pop("adapter", {}))
     UnlearnConfig(**options)
 
@@ -196,6 +201,7 @@ def test_vdu_gradient_is_that_of_the_paper_s_loss():
         ({"methods": [{"label": "a", "method": "siss", "sees": ""}] * 2}, "same label"),
         ({"methods": [{"method": "siss", "sees": ""}]}, "'label'"),
         ({"relearning": [{"source": "forget"}]}, "num_images"),
+        ({"base": "none"}, "unknown base 'none'; known are mnist, mnist16"),
     ],
 )
 def test_bad_experiment_is_one_clear_error(tmp_path, capsys, change, message):
@@ -209,6 +215,7 @@ def test_bad_experiment_is_one_clear_error(tmp_path, capsys, change, message):
 def test_small_experiment_runs_once_and_becomes_a_table(tmp_path, capsys):
     content = {
         "title": "A small experiment",
+        "base": "mnist",
         "forget_classes": [1],
         "seeds": [0],
         "num_samples": 20,
@@ -254,7 +261,7 @@ def test_small_experiment_runs_once_and_becomes_a_table(tmp_path, capsys):
     for file in files:
         file.write_text(json.dumps({**json.loads(file.read_text()), "base_model": "another"}))
     assert run.main(["small", *folders]) == 2
-    assert "of base model another, the demo's is" in capsys.readouterr().err
+    assert "of base model another, it is now" in capsys.readouterr().err
     assert tables.main([*folders, f"--output_dir={tmp_path}"]) == 0
     assert "base model another; commit" in (tmp_path / "README.md").read_text()
 
@@ -272,14 +279,104 @@ def test_a_run_that_dies_is_told_and_the_others_go_on(tmp_path, monkeypatch):
     (tmp_path / "small.json").write_text(json.dumps(content))
     monkeypatch.setattr(run, "run", dies_on_two)
     items = read_experiment(tmp_path / "small.json").runs
-    assert run.run_all(items, tmp_path, jobs=1) == [items[1]]
+    assert run.run_all(items, tmp_path, tmp_path, jobs=1) == [items[1]]
     assert sorted(f.name for f in tmp_path.iterdir()) == ["1", "3", "small.json"]
 
 
-def dies_on_two(item, results, threads, commit):
+def dies_on_two(item, results, data_dir, threads, commit):
     if item.forget_class == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     (results / str(item.forget_class)).touch()
+
+
+@pytest.fixture
+def small_base(tmp_path, monkeypatch):
+    """A base model at 16 x 16 with its data and its retrained twin; the weights mean nothing."""
+    unet = base_denoiser().model
+    for folder, factor in (("ddpm", 1.0), ("retrained-3", 0.5)):
+        unet.conv_in.weight.data *= factor
+        unet.register_to_config(sample_size=16)
+        DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / folder)
+    rng = np.random.default_rng(0)
+    labels = (np.arange(1200) % 10).astype(np.uint8)
+    arrays = {f"{split}_images": rng.integers(0, 256, (1200, 28, 28), dtype=np.uint8) for split in ("train", "test")}
+    np.savez(tmp_path / "digits.npz", **arrays, train_labels=labels, test_labels=labels)
+    base = Base(tmp_path / "ddpm", "digits.npz")
+    monkeypatch.setitem(BASES, "small", base)
+    return base, arrays
+
+
+def test_a_base_s_images_are_the_first_of_their_class(small_base, tmp_path):
+    base, arrays = small_base
+    denoiser = base.denoiser()
+    images = base.images(3, 2, denoiser, tmp_path)
+    assert [len(part) for part in images] == [2, 900, 1200, 1200]
+    torch.testing.assert_close(images.forget[1], to_tensor(arrays["train_images"][13], (16, 16), 1))
+    # The classes in turn, 100 of each: class 1's come after class 0's.
+    torch.testing.assert_close(images.retain[100], to_tensor(arrays["train_images"][1], (16, 16), 1))
+    assert len(base.images(3, 999, denoiser, tmp_path).forget) == 120
+    assert as_judged(images.forget).shape == (2, 1, 28, 28)
+    same = torch.rand(2, 1, 28, 28)
+    assert as_judged(same) is same
+
+
+def test_runs_on_another_base_beside_its_retrained_model(small_base, tmp_path, capsys):
+    """In this process: a spawned one would not know the base."""
+    base, _ = small_base
+    content = {
+        "title": "Small digits",
+        "base": "small",
+        "forget_classes": [3],
+        "seeds": [0],
+        "num_samples": 12,
+        "max_train_steps": 1,
+        "train_batch_size": 2,
+        "num_forget_images": [2, 8],
+        "methods": [
+            {"label": "ours", "method": "vdu_peft", "sees": "", "options": {"replay_size": 4, "oracle": True}},
+            {"label": "retrained", "method": "retrained", "sees": ""},
+        ],
+    }
+    (tmp_path / "small.json").write_text(json.dumps(content))
+    items = read_experiment(tmp_path / "small.json").runs
+    names = ["ours-3-2images-0", "ours-3-8images-0", "retrained-3-2images-0", "retrained-3-8images-0"]
+    assert [item.name for item in items] == names
+    results = tmp_path / "results"
+    for item in items[1:3]:
+        run.run(item, results, tmp_path, torch.get_num_threads(), "commit")
+    ours, gold = (json.loads(item.result_file(results).read_text()) for item in items[1:3])
+    assert ours["base_model"] == base.digest and ours["spec"]["num_forget_images"] == 8
+    assert ours["steps"] == 1 and gold["steps"] == 0 and gold["status"] == "retrained"
+    # Its samples are the retrained pipeline's own.
+    samples = demo_samples(Denoiser.from_pretrained(base.retrained(3)), 12, 0, None)
+    _, labels = demo_judge().judge(as_judged(samples))
+    assert gold["report"]["histogram_after"] == pytest.approx((torch.bincount(labels, minlength=10) / 12).tolist())
+
+    folders = [f"--experiments_dir={tmp_path}", f"--results_dir={results}"]
+    assert tables.main([*folders, f"--output_dir={tmp_path}"]) == 0
+    text = (tmp_path / "README.md").read_text()
+    relative = ours["report"]["u_fid_after"] / gold["report"]["u_fid_after"]
+    assert "u-FID over retrained" in text and f"| {relative:.2f} |" in text and "2 or 8 forget images" in text
+
+    assert run.main(["small", "--dry_run", *folders, f"--data_dir={tmp_path / 'none'}"]) == 2
+    assert "digits.npz: not there" in capsys.readouterr().err
+    shutil.rmtree(base.retrained(3))
+    assert run.main(["small", "--dry_run", *folders, f"--data_dir={tmp_path}"]) == 2
+    assert "no model trained without class 3 there" in capsys.readouterr().err
+
+
+def test_a_table_of_one_method_sums_up_by_number_of_forget_images():
+    def record(images, pul):
+        report = {"pul": pul, "u_fid_after": 1.0, "fid_before": 1.0, "precision": 1.0, "recall": 1.0}
+        report |= {"histogram_before": [0.5, 0.5], "histogram_after": [0.1, 0.9]}
+        spec = {"forget_class": 0, "num_forget_images": images, "seed": 0}
+        lenet = {"pul": pul, "share_before": 0.5, "share_after": 0.1}
+        return {"spec": spec, "report": report, "lenet": lenet, "status": "forgotten"}
+
+    rows = tables.class_table([record(8, 50.0), record(8, 60.0), record(8, 61.0), record(32, 90.0)])
+    summaries = {tuple(cell.strip() for cell in row.split("|")[1:3]): row.split("|")[6].strip() for row in rows[6:]}
+    assert summaries["mean", "8"] == "57.0" and summaries["median", "8"] == "60.0"
+    assert summaries["worst", "8"] == "50.0" and summaries["mean", "32"] == "90.0"
 
 
 def test_what_an_adapter_costs_is_measured_and_shown(tmp_path):

@@ -45,6 +45,19 @@ def test_train_ddpm_writes_a_stock_pipeline_and_resumes(tmp_path):
     assert checkpoints == ["checkpoint_0", "checkpoint_1"]
 
 
+@pytest.mark.parametrize("config", sorted(file.stem for file in (ROOT / "examples" / "configs").glob("ddpm-*.txt")))
+def test_configs_of_train_ddpm(config):
+    import train_ddpm
+
+    file = ROOT / "examples" / "configs" / f"{config}.txt"
+    args = train_ddpm.parse_args([f"@{file}", "--train_data=images", "--output_dir=out", "--max_train_steps=7"])
+    assert args.max_train_steps == 7
+    with torch.device("meta"):
+        unet = train_ddpm.build_unet(args.resolution, args.channels, args.block_out_channels, args.layers_per_block)
+    parameters = sum(p.numel() for p in unet.parameters())
+    assert parameters == 1_805_121 if "mnist" in config else 3e6 <= parameters <= 10e6
+
+
 def test_train_ddpm_by_class(tmp_path):
     import train_ddpm
 

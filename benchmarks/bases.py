@@ -1,0 +1,101 @@
+"""The base models that experiments unlearn on, each with its real images."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+
+from vdu_peft.data import to_tensor
+from vdu_peft.demo import DemoImages, assets, demo_images
+from vdu_peft.denoiser import Denoiser
+from vdu_peft.judge import Judge
+
+MODELS = Path(__file__).parent / "models"
+DATA = Path(__file__).parent / "data"
+# Real images of each other class that methods with retain data see, as many as the demo has.
+RETAINED_IMAGES = 100
+
+
+class BaseError(ValueError):
+    """A base model whose files are not there; the message names them and the mend."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model by its name in experiment files.
+
+    Attributes:
+        folder: a diffusers pipeline. ``retrained-N/`` beside it is the same model trained without class N.
+        data: name of the ``.npz`` with ``train_images``, ``train_labels``, ``test_images`` and ``test_labels`` in the
+            data folder; None for the images that ship with the demo.
+    """
+
+    folder: Path
+    data: str | None
+
+    def denoiser(self) -> Denoiser:
+        return Denoiser.from_pretrained(self.folder).to_best_device()
+
+    @property
+    def digest(self) -> str:
+        """Which weights these are: the first digits of their SHA-256."""
+        weights = (self.folder / "unet" / SAFETENSORS_WEIGHTS_NAME).read_bytes()
+        return hashlib.sha256(weights).hexdigest()[:8]
+
+    def retrained(self, forget_class: int) -> Path:
+        """Folder of the model that was trained without the class."""
+        return self.folder.parent / f"retrained-{forget_class}"
+
+    def images(self, forget_class: int, num_forget_images: int, denoiser: Denoiser, data_dir: Path) -> DemoImages:
+        """The first forget images of the training set, the first retained ones of each class, and all test images.
+
+        Raises:
+            BaseError: the data are not there.
+        """
+        if self.data is None:
+            images = demo_images(forget_class, denoiser)
+            return images._replace(forget=images.forget[:num_forget_images])
+        arrays = np.load(self.file(data_dir))
+        labels = arrays["train_labels"]
+        counts = {int(c): num_forget_images if c == forget_class else RETAINED_IMAGES for c in np.unique(labels)}
+        chosen = {c: np.flatnonzero(labels == c)[:count] for c, count in counts.items()}
+        train, test = arrays["train_images"], arrays["test_images"]
+
+        def tensors(images: np.ndarray) -> torch.Tensor:
+            return torch.stack([to_tensor(image, denoiser.image_size, denoiser.channels) for image in images])
+
+        return DemoImages(
+            tensors(train[chosen.pop(forget_class)]),
+            tensors(train[np.concatenate([*chosen.values()])]),
+            tensors(test),
+            torch.from_numpy(arrays["test_labels"]).long(),
+        )
+
+    def file(self, data_dir: Path) -> Path:
+        """The data's file.
+
+        Raises:
+            BaseError: it is not there.
+        """
+        file = data_dir / self.data
+        if not file.is_file():
+            raise BaseError(f"{file}: not there; benchmarks/models/README.md tells how to make it, or give --data_dir")
+        return file
+
+
+BASES = {
+    "mnist": Base(assets() / "ddpm", None),
+    "mnist16": Base(MODELS / "mnist16" / "ddpm", "mnist.npz"),
+}
+DEMO = BASES["mnist"]
+
+
+def as_judged(images: torch.Tensor) -> torch.Tensor:
+    """Images (N, 1, H, W) in [-1, 1] at the MNIST judges' own size: smaller ones by bicubic interpolation."""
+    if images.shape[-2:] == Judge.image_size:
+        return images
+    return F.interpolate(images, size=Judge.image_size, mode="bicubic", align_corners=False).clamp(-1, 1)
