@@ -181,22 +181,32 @@ def frontier_plot(found: dict[Entry, list[dict]], file: Path) -> None:
 def relearning_tables(experiment: Experiment, found: dict[Entry, list[dict]]) -> list[str]:
     """One table per way of fine-tuning: the class's share of samples as it goes on, means over the runs."""
     lines = []
+    base_share = mean(r["lenet"]["share_before"] for records in found.values() for r in records)
     for number, options in enumerate(experiment.relearning):
         lines += [
             f"Relearning: all parameters fine-tuned on {options.num_images} {options.source} images (Adam, learning "
             f"rate {options.learning_rate:g}, batch {experiment.train_batch_size}); the class's share of "
             f"{options.num_samples} samples by LeNet-5. The base model's share is "
-            f"{mean(r['lenet']['share_before'] for records in found.values() for r in records):.1%}.",
+            f"{base_share:.1%}.",
             "",
-            "| entry | before | " + " | ".join(f"{step} steps" for step in options.steps) + " |",
-            "|---" * (len(options.steps) + 2) + "|",
+            "| entry | before | " + " | ".join(f"{step} steps" for step in options.steps) + " | half of it back |",
+            "|---" * (len(options.steps) + 3) + "|",
         ]
         for entry, records in found.items():
             shares = [[r["lenet"]["share_after"], *r["relearning"][number]["shares"]] for r in records]
-            cells = [f"{mean(column):.1%}" for column in zip(*shares, strict=True)]
-            lines.append("| " + " | ".join([entry.label, *cells]) + " |")
+            means = [mean(column) for column in zip(*shares, strict=True)]
+            cells = [f"{share:.1%}" for share in means]
+            lines.append("| " + " | ".join([entry.label, *cells, half_back(means, options.steps, base_share)]) + " |")
         lines.append("")
     return lines
+
+
+def half_back(shares: list[float], steps: list[int], base_share: float) -> str:
+    """The first of the steps after which the class has half of its share in the base's samples again."""
+    for step, share in zip([0, *steps], shares, strict=True):
+        if share >= base_share / 2:
+            return f"by step {step}"
+    return f"not in {steps[-1]}"
 
 
 def section(experiment: Experiment, records: list[dict], folder: Path) -> list[str]:

@@ -473,6 +473,12 @@ def test_tables_take_the_best_of_a_grid():
     assert best(bad=(5.0, 50.0), ruin=(9.0, 100.0), broken=(float("nan"), 100.0)) == ["bad"]
 
 
+def test_when_half_of_the_share_is_back():
+    assert tables.half_back([0.0, 0.02, 0.06, 0.2], [5, 10, 20], 0.12) == "by step 10"
+    assert tables.half_back([0.0, 0.02, 0.05, 0.059], [5, 10, 20], 0.12) == "not in 20"
+    assert tables.half_back([0.07, 0.0], [5], 0.12) == "by step 0"
+
+
 def test_least_kept_ignores_the_forgotten_class():
     report = {"histogram_before": [0.5, 0.25, 0.25, 0.0], "histogram_after": [0.0, 0.5, 0.1, 0.4]}
     assert tables.least_kept({"spec": {"forget_class": 0}, "report": report}) == pytest.approx(0.4)
