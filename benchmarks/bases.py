@@ -42,25 +42,30 @@ class Base:
 
     @property
     def digest(self) -> str:
-        """Which weights these are: the first digits of their SHA-256."""
-        weights = (self.folder / "unet" / SAFETENSORS_WEIGHTS_NAME).read_bytes()
-        return hashlib.sha256(weights).hexdigest()[:8]
+        return weights_digest(self.folder)
 
     def retrained(self, forget_class: int) -> Path:
         """Folder of the model that was trained without the class."""
         return self.folder.parent / f"retrained-{forget_class}"
 
-    def images(self, forget_class: int, num_forget_images: int, denoiser: Denoiser, data_dir: Path) -> DemoImages:
+    def images(
+        self, forget_class: int, num_forget_images: int | None, denoiser: Denoiser, data_dir: Path
+    ) -> DemoImages:
         """The first forget images of the training set, the first retained ones of each class, and all test images.
 
+        Args:
+            num_forget_images: all that there are when None.
+
         Raises:
-            BaseError: the data are not there.
+            BaseError: the data are not there, or fewer forget images than asked for.
         """
         if self.data is None:
             images = demo_images(forget_class, denoiser)
+            _check_count(len(images.forget), num_forget_images, forget_class)
             return images._replace(forget=images.forget[:num_forget_images])
         arrays = np.load(self.file(data_dir))
         labels = arrays["train_labels"]
+        _check_count(int((labels == forget_class).sum()), num_forget_images, forget_class)
         counts = {int(c): num_forget_images if c == forget_class else RETAINED_IMAGES for c in np.unique(labels)}
         chosen = {c: np.flatnonzero(labels == c)[:count] for c, count in counts.items()}
         train, test = arrays["train_images"], arrays["test_images"]
@@ -85,6 +90,23 @@ class Base:
         if not file.is_file():
             raise BaseError(f"{file}: not there; benchmarks/models/README.md tells how to make it, or give --data_dir")
         return file
+
+
+def weights_digest(folder: Path) -> str:
+    """Which weights a pipeline's are: the first digits of their SHA-256.
+
+    Raises:
+        BaseError: there are none.
+    """
+    weights = folder / "unet" / SAFETENSORS_WEIGHTS_NAME
+    if not weights.is_file():
+        raise BaseError(f"{folder}: no trained model there; benchmarks/models/README.md tells how it is made")
+    return hashlib.sha256(weights.read_bytes()).hexdigest()[:8]
+
+
+def _check_count(available: int, wanted: int | None, forget_class: int) -> None:
+    if wanted is not None and wanted > available:
+        raise BaseError(f"num_forget_images: there are {available} images of class {forget_class}, not {wanted}")
 
 
 BASES = {

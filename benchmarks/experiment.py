@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
-from benchmarks.bases import BASES, Base
-from benchmarks.methods import METHODS
+from benchmarks.bases import BASES, Base, weights_digest
+from benchmarks.methods import METHODS, method_options
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
 RESULTS = Path(__file__).parent / "results"
@@ -35,18 +35,29 @@ class Run:
     experiment: "Experiment"
     entry: Entry
     forget_class: int
-    num_forget_images: int
+    num_forget_images: int | None  # all that there are when None
     seed: int
 
     @property
     def name(self) -> str:
         several = len(self.experiment.num_forget_images) > 1
-        size = f"-{self.num_forget_images}images" if several else ""
+        size = f"-{self.num_forget_images or 'all'}images" if several else ""
         return f"{self.entry.label}-{self.forget_class}{size}-{self.seed}"
 
     @property
     def base(self) -> Base:
         return BASES[self.experiment.base]
+
+    @property
+    def base_model(self) -> str:
+        """Which trained weights the run is of, the base's and, for ``retrained``, its stand-in's.
+
+        Raises:
+            BaseError: they are not there.
+        """
+        if self.entry.method != "retrained":
+            return self.base.digest
+        return f"{self.base.digest}, retrained {weights_digest(self.base.retrained(self.forget_class))}"
 
     @property
     def spec(self) -> dict:
@@ -83,7 +94,8 @@ class Relearning:
     Attributes:
         source: ``forget``, the undesired images themselves, or ``retain``, real images of the other classes.
         num_images: how many of them.
-        steps: after how many steps the class's share is measured.
+        learning_rate: at its peak; warmup and decay are those of a run of the last of ``steps``.
+        steps: after how many steps the class's share is measured, in rising order.
         num_samples: samples per measurement.
     """
 
@@ -110,15 +122,15 @@ class Experiment:
     num_samples: int
     max_train_steps: int
     train_batch_size: int
-    num_forget_images: list[int]
+    num_forget_images: list[int | None]
     entries: list[Entry]
     relearning: list[Relearning]
 
     @property
     def runs(self) -> list[Run]:
-        return [
-            Run(self, *run) for run in product(self.entries, self.forget_classes, self.num_forget_images, self.seeds)
-        ]
+        # Seed by seed, class by class: what is there of an unfinished experiment can be compared.
+        of_run = product(self.seeds, self.forget_classes, self.num_forget_images, self.entries)
+        return [Run(self, entry, forget_class, images, seed) for seed, forget_class, images, entry in of_run]
 
 
 # Fields of an experiment that each of its results depends on.
@@ -130,7 +142,8 @@ def read_experiment(file: Path) -> Experiment:
     """Read and check an experiment file.
 
     Raises:
-        ExperimentError: not there, not JSON, a field missing or unknown, a method unknown or two of one label.
+        ExperimentError: not there, not JSON, a field missing, unknown or out of range, a method unknown or with an
+            option that it has not, or two of one label.
     """
     try:
         content = json.loads(file.read_text())
@@ -152,8 +165,34 @@ def read_experiment(file: Path) -> Experiment:
         if entry.method not in METHODS:
             known = ", ".join(sorted(METHODS))
             raise ExperimentError(f"{file}: unknown method {entry.method!r}; known are {known}")
+        if unknown := {*entry.options} - method_options(entry.method):
+            raise ExperimentError(f"{file}: {entry.label}: {entry.method} has no option {min(unknown)!r}")
     if content["base"] not in BASES:
         raise ExperimentError(f"{file}: unknown base {content['base']!r}; known are {', '.join(sorted(BASES))}")
+    _check_values(file, content, relearning)
     if len({entry.label for entry in entries}) < len(entries):
         raise ExperimentError(f"{file}: two methods have the same label")
     return Experiment(name=file.stem, entries=entries, relearning=relearning, **{"num_forget_images": [100], **content})
+
+
+def _check_values(file: Path, content: dict, relearning: list[Relearning]) -> None:
+    for name in ("num_samples", "max_train_steps", "train_batch_size"):
+        if not _is_count(content[name]):
+            raise ExperimentError(f"{file}: {name} must be a number from 1, not {content[name]!r}")
+    for name, allowed in (
+        ("forget_classes", lambda c: isinstance(c, int) and c >= 0),
+        ("seeds", lambda seed: isinstance(seed, int) and seed >= 0),
+        ("num_forget_images", lambda count: count is None or _is_count(count)),
+    ):
+        values = content.get(name, [100])
+        if not isinstance(values, list) or not values or not all(map(allowed, values)):
+            raise ExperimentError(f"{file}: {name} must be a list of numbers, not {values!r}")
+    for options in relearning:
+        if options.source not in ("forget", "retain"):
+            raise ExperimentError(f"{file}: relearning source {options.source!r} is neither forget nor retain")
+        if not _is_count(options.num_images) or sorted({*options.steps}) != options.steps:
+            raise ExperimentError(f"{file}: relearning takes num_images from 1 and steps in rising order")
+
+
+def _is_count(value) -> bool:
+    return isinstance(value, int) and value >= 1

@@ -1,5 +1,7 @@
 """Every method by its name in an experiment file: ours and the baselines."""
 
+import dataclasses
+import inspect
 import time
 from collections.abc import Callable
 
@@ -22,10 +24,11 @@ from vdu_peft.demo import demo_judge
 from vdu_peft.trainer import UnlearnError, unlearn
 
 
-def vdu_peft(task: Task, adapter: dict | None = None, oracle: bool = False, **options) -> Outcome:
+def vdu_peft(task: Task, adapter: dict | None = None, replay_filter: str = "ours", **options) -> Outcome:
     """This package, from the forget images alone; options of UnlearnConfig, ``adapter`` those of VDUConfig.
 
-    With ``oracle`` the demo's judge takes the forget images' digit out of the replay, in place of our filter.
+    With the ``replay_filter`` "oracle" the demo's judge takes the forget images' digit out of the replay, in place of
+    our filter; with "off" nothing does.
     """
     config = UnlearnConfig(
         max_train_steps=task.max_train_steps, train_batch_size=task.train_batch_size, seed=task.seed, **options
@@ -37,7 +40,7 @@ def vdu_peft(task: Task, adapter: dict | None = None, oracle: bool = False, **op
             task.forget,
             config,
             VDUConfig.for_model(task.denoiser.model, **(adapter or {})),
-            replay=oracle_replay(task, config) if oracle else None,
+            replay=None if replay_filter == "ours" else given_replay(task, config, replay_filter),
             callback=lambda step, terms: times.append(time.process_time()),
         )
     except UnlearnError:  # as a baseline that is not finite: a result like any other
@@ -50,14 +53,15 @@ def vdu_peft(task: Task, adapter: dict | None = None, oracle: bool = False, **op
     return Outcome(result.status, len(times), result.trained_parameters, seconds)
 
 
-def oracle_replay(task: Task, config: UnlearnConfig) -> torch.Tensor:
-    """The model's own samples, less those that the demo's judge gives the forget images' most frequent label."""
-    judge = demo_judge()
-    _, forget_labels = judge.judge(as_judged(task.forget))
+def given_replay(task: Task, config: UnlearnConfig, replay_filter: str) -> torch.Tensor:
+    """The model's own samples: all of them, or less those that the demo's judge takes for the forget images' digit."""
     images = task.denoiser.sample(
         config.replay_size, seed=config.seed + 7919, num_inference_steps=config.replay_inference_steps
     )
-    _, labels = judge.judge(as_judged(images))
+    if replay_filter == "off":
+        return images
+    judge = demo_judge()
+    (_, forget_labels), (_, labels) = judge.judge(as_judged(task.forget)), judge.judge(as_judged(images))
     return images[labels != forget_labels.mode().values]
 
 
@@ -73,3 +77,10 @@ METHODS: dict[str, Callable[..., Outcome]] = {
     "vdu_isotropic": vdu.isotropic,
     "vdu_peft": vdu_peft,
 }
+
+
+def method_options(method: str) -> set[str]:
+    """Names of the options that a method takes in an experiment file."""
+    names = {name for name, p in inspect.signature(METHODS[method]).parameters.items() if p.kind is not p.VAR_KEYWORD}
+    of_run = {field.name for field in dataclasses.fields(UnlearnConfig)} if method == "vdu_peft" else set()
+    return names - {"task"} | of_run

@@ -63,7 +63,7 @@ def measure(digit: int, setting: Setting) -> None:
         merged = load_adapter(base_denoiser().model, setting.adapter(digit)).merge_and_unload()
         denoiser.model = rounded(merged, rounding)
         states[f"merged, {rounding}"] = figures(before, samples(denoiser, setting), [digit])
-    denoiser.model = load_adapter(base, setting.adapter(digit)).get_DEMO.digest
+    denoiser.model = load_adapter(base, setting.adapter(digit)).get_base_model()
     for scale in SCALES:
         with adapter_scale(denoiser.model, scale):
             states[f"scale {scale:g}"] = figures(before, samples(denoiser, setting), [digit])

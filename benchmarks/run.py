@@ -67,7 +67,7 @@ def run(item: Run, results: Path, data_dir: Path, threads: int, commit: str) -> 
     )
     record = {
         "spec": item.spec,
-        "base_model": item.base.digest,
+        "base_model": item.base_model,
         "sampler": f"DDIM, {SAMPLE_STEPS} steps, seed {item.seed + 1}",
         **outcome._asdict(),
         "cpu_seconds": cpu_seconds,
@@ -110,7 +110,7 @@ def before_images(item: Run, results: Path) -> torch.Tensor:
 
 def is_missing(item: Run, results: Path) -> bool:
     """Whether it is still to be run; raises where there is a result of other options or of another base model."""
-    return item.load(results) is None or not has_result(item.result_file(results), item.base.digest)
+    return item.load(results) is None or not has_result(item.result_file(results), item.base_model)
 
 
 def check_files(items: list[Run], data_dir: Path) -> None:
@@ -120,11 +120,9 @@ def check_files(items: list[Run], data_dir: Path) -> None:
         BaseError: they are not.
     """
     for item in items:
+        _ = item.base_model  # raises where weights are missing
         if item.base.data is not None:
             item.base.file(data_dir)
-        folder = item.base.retrained(item.forget_class)
-        if item.entry.method == "retrained" and not folder.is_dir():
-            raise BaseError(f"{folder}: no model trained without class {item.forget_class} there; train it, see README")
 
 
 def code_version() -> str:
@@ -181,6 +179,8 @@ def main(argv=None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; the cores are shared out among them")
     parser.add_argument("--dry_run", action="store_true", help="list the missing runs and end")
     args = parser.parse_args(argv)
+    if args.jobs < 1:
+        parser.error(f"--jobs must be at least 1, not {args.jobs}")
     names = args.names or sorted(file.stem for file in args.experiments_dir.glob("*.json"))
     try:
         experiments = [read_experiment(args.experiments_dir / f"{name}.json") for name in names]

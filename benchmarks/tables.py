@@ -77,16 +77,21 @@ def class_table(records: list[dict]) -> list[str]:
         "|---" * (len(COLUMNS) + 6) + "|",
     ]
     for record in records:
-        cells = [form.format(value(record)) for value, form in COLUMNS.values()]
+        spec, cells = record["spec"], [form.format(value(record)) for value, form in COLUMNS.values()]
         shares = [f"{record['lenet'][name]:.1%}" for name in ("share_before", "share_after")]
-        first = [*(str(record["spec"][name]) for name in ("forget_class", "num_forget_images", "seed")), *shares]
+        first = [str(spec["forget_class"]), images_of(spec), str(spec["seed"]), *shares]
         rows.append("| " + " | ".join([*first, *cells, record["status"]]) + " |")
-    for size in sorted({record["spec"]["num_forget_images"] for record in records}):
-        of_size = [record for record in records if record["spec"]["num_forget_images"] == size]
+    for size in dict.fromkeys(images_of(record["spec"]) for record in records):
+        of_size = [record for record in records if images_of(record["spec"]) == size]
         for title, pick in SUMMARIES.items():
             cells = [form.format(pick([value(r) for r in of_size], name)) for name, (value, form) in COLUMNS.items()]
             rows.append(f"| {title} | {size} | | | | " + " | ".join(cells) + " | |")
     return rows
+
+
+def images_of(spec: dict) -> str:
+    """How many forget images a run had."""
+    return str(spec["num_forget_images"] or "all")
 
 
 def _worst(values: list[float], column: str) -> float:
@@ -218,7 +223,7 @@ def section(experiment: Experiment, records: list[dict], folder: Path) -> list[s
         "",
         f"`python -m benchmarks.run {experiment.name}`: base `{experiment.base}`, {len(records)} of "
         f"{len(experiment.runs)} runs; seeds {', '.join(map(str, experiment.seeds))}; "
-        f"{' or '.join(map(str, experiment.num_forget_images))} forget images, at most "
+        f"{' or '.join(str(n or 'all') for n in experiment.num_forget_images)} forget images, at most "
         f"{experiment.max_train_steps} steps of batch {experiment.train_batch_size} + {experiment.train_batch_size}; "
         f"{experiment.num_samples} samples, {records[0]['sampler'].rsplit(',', 1)[0]}; {provenance(records)}, "
         f"{', '.join(map(str, threads))} thread(s) a run; torch {versions['torch']}, "
