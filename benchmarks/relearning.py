@@ -1,6 +1,7 @@
 """Does the class come back? Fine-tune the unlearned model and watch the class's share."""
 
 import copy
+import math
 from dataclasses import replace
 
 from benchmarks.baselines.finetune import draw, finetune, gradients, loss
@@ -14,12 +15,13 @@ from vdu_peft.demo import demo_samples
 def relearn(task: Task, options: Relearning, forget_class: int) -> list[float]:
     """The class's share of samples by LeNet-5 after each of ``options.steps`` steps on all parameters.
 
-    The task's own model is left as it is. A model that never knew the class would learn it from forget images, too:
-    what counts is the difference between methods, and what retained images alone bring back.
+    nan after steps that were not reached, as the loss was not finite. The task's own model is left as it is. A model
+    that never knew the class would learn it from forget images, too: what counts is the difference between methods,
+    and what retained images alone bring back.
     """
     images = {"forget": task.forget, "retain": task.retain}[options.source]
     # Spread over the set, which may lie in the order of its classes.
-    images = images[:: len(images) // options.num_images][: options.num_images]
+    images = images[:: max(len(images) // options.num_images, 1)][: options.num_images]
     twin = copy.deepcopy(task.denoiser)
     twin.model.requires_grad_(True)
     # Another seed: who relearns does not have the noise and timesteps that unlearning had.
@@ -37,4 +39,4 @@ def relearn(task: Task, options: Relearning, forget_class: int) -> list[float]:
         lambda: gradients(loss(training, draw(images, training)), training),
         callback=measure,
     )
-    return shares
+    return shares + [math.nan] * (len(options.steps) - len(shares))

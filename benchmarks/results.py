@@ -48,7 +48,8 @@ def kept_images(file: Path, draw: Callable[[], torch.Tensor]) -> torch.Tensor:
 
 def provenance(records: list[dict]) -> str:
     """Base model, where the results tell it, commits and machine of results, for the text above their table."""
-    environments = sorted({(r["environment"]["commit"], r["environment"]["machine"]) for r in records})
+    commits = sorted({r["environment"]["commit"] for r in records})
+    machines = sorted({f"{r['environment']['machine']}, {r['environment']['device']}" for r in records})
     models = sorted({r["base_model"] for r in records if "base_model" in r})
     model = f"base model {', '.join(models)}; " if models else ""
-    return f"{model}commit {', '.join(commit for commit, _ in environments)}; {environments[0][1]}"
+    return f"{model}commit {', '.join(commits)}; {'; '.join(machines)}"

@@ -19,6 +19,7 @@ from benchmarks.robustness import NAME as ROBUSTNESS
 from benchmarks.text.attacks import NAME as ATTACKS
 from benchmarks.text.run import NAME as TEXT
 from benchmarks.text.tables import attack_section, text_section
+from vdu_peft.metrics import pul_interval
 
 # Of a grid the best is what forgets most among those that keep u-FID below this multiple of the base's FID, or, when
 # none does, the one with the lowest u-FID.
@@ -33,13 +34,14 @@ figures on a small model; they reproduce no table of any paper.
 
 Base `mnist` is the demo's model with its images (`vdu_peft/assets/mnist`): an unconditional MNIST DDPM of 1.8 M
 parameters, 2,700 real test images of the other digits for u-FID. Base `mnist16` is the same network at 16 x 16, which
-draws better digits in a third of the time, with all test images; the judges see its samples and the real images at 28 x
-28, by bicubic interpolation ([models](models/README.md)). PUL is the relative drop in the share of samples that a judge
-calls the digit: by LeNet-5, which we did not train, and by the demo's judge. The ratio is u-FID after unlearning (demo
-judge's features) over the base model's FID against all ten digits. It counts both what is not forgotten and what
-quality it cost: the untouched base is near 2, a model that lost the digit and nothing else near 1. "Least kept" is the
-smallest share of a retained digit after unlearning relative to before. Precision and recall are of the samples against
-the same real images.
+takes a third of the time, with all test images; the judges see its samples and the real images at 28 x 28, by bicubic
+interpolation ([models](models/README.md)). PUL is the relative drop in the share of samples that a judge calls the
+digit: by LeNet-5, which we did not train, and by the demo's judge. The ratio is u-FID after unlearning (demo judge's
+features) over the base model's FID against all ten digits. It counts both what is not forgotten and what quality it
+cost: the untouched base is near 2, a model that lost the digit and nothing else near 1. "Least kept" is the smallest
+share of a retained digit after unlearning relative to before. "Over retrained" is u-FID over that of the same model
+trained without the class. Precision and recall are of the samples against the same real images; retained TV is the
+total variation between the other digits' proportions before and after.
 """
 
 
@@ -50,6 +52,16 @@ def load_results(experiment: Experiment, results: Path) -> list[dict]:
 
 def ratio(record: dict) -> float:
     return record["report"]["u_fid_after"] / record["report"]["fid_before"]
+
+
+def retrained_u_fids(records: list[dict]) -> dict[tuple[str, int], float]:
+    """By base and class, the u-FID of the model that was trained without the class, mean over its runs."""
+    found: dict[tuple[str, int], list[float]] = {}
+    for record in records:
+        if record["spec"]["method"] == "retrained":
+            key = (record["spec"]["base"], record["spec"]["forget_class"])
+            found.setdefault(key, []).append(record["report"]["u_fid_after"])
+    return {key: mean(values) for key, values in found.items()}
 
 
 def least_kept(record: dict) -> float:
@@ -64,45 +76,75 @@ COLUMNS: dict[str, tuple[Callable[[dict], float], str]] = {
     "PUL, demo judge": (lambda r: r["report"]["pul"], "{:.1f}"),
     "u-FID": (lambda r: r["report"]["u_fid_after"], "{:.1f}"),
     "ratio": (ratio, "{:.2f}"),
+    "KID": (lambda r: r["report"]["kid_after"], "{:.1f}"),
     "precision": (lambda r: r["report"]["precision"], "{:.2f}"),
     "recall": (lambda r: r["report"]["recall"], "{:.2f}"),
     "least kept": (least_kept, "{:.2f}"),
+    "retained TV": (lambda r: r["report"]["retained_distance"], "{:.3f}"),
 }
+# Of these a higher value is the worse one.
+COSTS = ("u-FID", "ratio", "over retrained", "KID", "retained TV")
+Column = tuple[Callable[[dict], float], str]
 
 
-def class_table(records: list[dict]) -> list[str]:
+def columns_of(records: list[dict], retrained: dict[tuple[str, int], float]) -> dict[str, Column]:
+    """COLUMNS, and u-FID over that of the retrained model where there is one for any of the records."""
+
+    def over(record: dict) -> float:
+        u_fid = retrained.get((record["spec"]["base"], record["spec"]["forget_class"]), math.nan)
+        return record["report"]["u_fid_after"] / u_fid
+
+    if all(math.isnan(over(record)) for record in records):
+        return COLUMNS
+    ratio_at = list(COLUMNS).index("ratio") + 1
+    items = list(COLUMNS.items())
+    return dict([*items[:ratio_at], ("over retrained", (over, "{:.2f}")), *items[ratio_at:]])
+
+
+def cell(values: list[float], form: str, pick: Callable[[list[float]], float] = mean) -> str:
+    """One figure of several runs, of those that have it."""
+    known = [value for value in values if not math.isnan(value)]
+    return form.format(pick(known)) if known else ""
+
+
+def pooled_interval(records: list[dict]) -> str:
+    """95 % interval of PUL by LeNet-5 over the samples of all runs together."""
+    counts = [
+        sum(round(record["lenet"][when] * record["report"]["num_samples"]) for record in records)
+        for when in ("share_before", "share_after")
+    ]
+    total = sum(record["report"]["num_samples"] for record in records)
+    low, high = pul_interval(*counts, total, total)
+    return f"{low:.0f} to {high:.0f}"
+
+
+def class_table(records: list[dict], retrained: dict[tuple[str, int], float]) -> list[str]:
     """One row per run, then for every number of forget images the mean, the median and the worst of each column."""
+    columns = columns_of(records, retrained)
     rows = [
-        "| class | images | seed | share before | after | " + " | ".join(COLUMNS) + " | outcome |",
-        "|---" * (len(COLUMNS) + 6) + "|",
+        "| class | images | seed | share before | after | PUL interval | " + " | ".join(columns) + " | outcome |",
+        "|---" * (len(columns) + 7) + "|",
     ]
     for record in records:
-        spec, cells = record["spec"], [form.format(value(record)) for value, form in COLUMNS.values()]
+        spec, cells = record["spec"], [cell([value(record)], form) for value, form in columns.values()]
         shares = [f"{record['lenet'][name]:.1%}" for name in ("share_before", "share_after")]
-        first = [str(spec["forget_class"]), images_of(spec), str(spec["seed"]), *shares]
+        first = [str(spec["forget_class"]), images_of(spec), str(spec["seed"]), *shares, pooled_interval([record])]
         rows.append("| " + " | ".join([*first, *cells, record["status"]]) + " |")
     for size in dict.fromkeys(images_of(record["spec"]) for record in records):
         of_size = [record for record in records if images_of(record["spec"]) == size]
-        for title, pick in SUMMARIES.items():
-            cells = [form.format(pick([value(r) for r in of_size], name)) for name, (value, form) in COLUMNS.items()]
-            rows.append(f"| {title} | {size} | | | | " + " | ".join(cells) + " | |")
+        for title, pick in {"mean": mean, "median": median, "worst": None}.items():
+            cells = [
+                cell([value(r) for r in of_size], form, pick or (max if name in COSTS else min))
+                for name, (value, form) in columns.items()
+            ]
+            interval = pooled_interval(of_size) if title == "mean" else ""
+            rows.append(f"| {title} | {size} | | | | {interval} | " + " | ".join(cells) + " | |")
     return rows
 
 
 def images_of(spec: dict) -> str:
     """How many forget images a run had."""
     return str(spec["num_forget_images"] or "all")
-
-
-def _worst(values: list[float], column: str) -> float:
-    return max(values) if column in ("u-FID", "ratio") else min(values)
-
-
-SUMMARIES: dict[str, Callable[[list[float], str], float]] = {
-    "mean": lambda values, _: mean(values),
-    "median": lambda values, _: median(values),
-    "worst": _worst,
-}
 
 
 def by_entry(entries: list[Entry], records: list[dict]) -> dict[Entry, list[dict]]:
@@ -127,9 +169,11 @@ def best_of_groups(found: dict[Entry, list[dict]]) -> dict[Entry, list[dict]]:
     return {entry: found[entry] for entry in best}
 
 
-def method_table(found: dict[Entry, list[dict]], best: set[Entry]) -> list[str]:
+def method_table(
+    found: dict[Entry, list[dict]], best: set[Entry], retrained: dict[tuple[str, int], float]
+) -> list[str]:
     """The untouched base, then one row per entry, means over its runs, the best of each grid bold."""
-    columns = COLUMNS | over_retrained(found)
+    columns = columns_of([record for records in found.values() for record in records], retrained)
     names = ["entry", "sees", "runs", *columns, "PUL interval", "trained", "CPU s/step", "CPU s", "MiB", "outcome"]
     rows = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     # The base is the same in all records of a class.
@@ -137,11 +181,10 @@ def method_table(found: dict[Entry, list[dict]], best: set[Entry]) -> list[str]:
     untouched = [mean(r["u_fid_before"] for r in every), mean(r["u_fid_before"] / r["fid_before"] for r in every)]
     rows.append(f"| untouched base | | | 0.0 | 0.0 | {untouched[0]:.1f} | {untouched[1]:.2f}" + " |" * (len(names) - 6))
     for entry, records in found.items():
-        cells = [form.format(mean(value(r) for r in records)) for value, form in columns.values()]
+        cells = [cell([value(r) for r in records], form) for value, form in columns.values()]
         name = f"**{entry.label}**" if entry in best else entry.label
-        low, high = (mean(r["lenet"]["pul_interval"][end] for r in records) for end in (0, 1))
         cost = [
-            f"{low:.0f} to {high:.0f}",
+            pooled_interval(records),
             f"{records[0]['trained_parameters']:,}",
             f"{median(r['step_cpu_seconds'] for r in records):.2f}",
             f"{median(r['cpu_seconds'] for r in records):,.0f}",
@@ -150,23 +193,6 @@ def method_table(found: dict[Entry, list[dict]], best: set[Entry]) -> list[str]:
         ]
         rows.append("| " + " | ".join([name, entry.sees, str(len(records)), *cells, *cost]) + " |")
     return rows
-
-
-def over_retrained(found: dict[Entry, list[dict]]) -> dict[str, tuple[Callable[[dict], float], str]]:
-    """The column of u-FID over that of the model retrained without the same class; none without such models."""
-    gold: dict[int, list[float]] = {}
-    for entry, records in found.items():
-        if entry.method == "retrained":
-            for record in records:
-                gold.setdefault(record["spec"]["forget_class"], []).append(record["report"]["u_fid_after"])
-    if not gold:
-        return {}
-
-    def value(record: dict) -> float:
-        of_class = gold.get(record["spec"]["forget_class"])
-        return record["report"]["u_fid_after"] / mean(of_class) if of_class else math.nan
-
-    return {"u-FID over retrained": (value, "{:.2f}")}
 
 
 def frontier_plot(found: dict[Entry, list[dict]], file: Path) -> None:
@@ -200,7 +226,7 @@ def relearning_tables(experiment: Experiment, found: dict[Entry, list[dict]]) ->
         for entry, records in found.items():
             shares = [[r["lenet"]["share_after"], *r["relearning"][number]["shares"]] for r in records]
             means = [mean(column) for column in zip(*shares, strict=True)]
-            cells = [f"{share:.1%}" for share in means]
+            cells = ["not finite" if math.isnan(share) else f"{share:.1%}" for share in means]
             lines.append("| " + " | ".join([entry.label, *cells, half_back(means, options.steps, base_share)]) + " |")
         lines.append("")
     return lines
@@ -214,7 +240,9 @@ def half_back(shares: list[float], steps: list[int], base_share: float) -> str:
     return f"not in {steps[-1]}"
 
 
-def section(experiment: Experiment, records: list[dict], folder: Path) -> list[str]:
+def section(
+    experiment: Experiment, records: list[dict], folder: Path, retrained: dict[tuple[str, int], float]
+) -> list[str]:
     """One experiment: how it was run, its table, and its frontier when it compares methods."""
     threads = sorted({r["environment"]["threads"] for r in records})
     versions = records[-1]["environment"]["versions"]
@@ -232,14 +260,14 @@ def section(experiment: Experiment, records: list[dict], folder: Path) -> list[s
     ]
     found = by_entry(experiment.entries, records)
     if len(experiment.entries) == 1:
-        return [*lines, *class_table(records), "", *relearning_tables(experiment, found)]
+        return [*lines, *class_table(records, retrained), "", *relearning_tables(experiment, found)]
     best = best_of_groups(found)
     frontier_plot(best, folder / f"{experiment.name}.png")
     lines += [
         f"Bold is the best of its grid: the highest PUL at a ratio of at most {USABLE_RATIO:g}, or else the lowest "
         "ratio. The plot shows the bold ones.",
         "",
-        *method_table(found, set(best)),
+        *method_table(found, set(best), retrained),
         "",
         f"![PUL against u-FID]({experiment.name}.png)",
         "",
@@ -346,13 +374,15 @@ def main(argv=None) -> int:
     parser.add_argument("--results_dir", type=Path, default=RESULTS)
     parser.add_argument("--output_dir", type=Path, default=EXPERIMENTS.parent)
     args = parser.parse_args(argv)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     lines = [INTRODUCTION]
     try:
-        for file in sorted(args.experiments_dir.glob("*.json")):
-            experiment = read_experiment(file)
-            records = load_results(experiment, args.results_dir)
+        experiments = [read_experiment(file) for file in sorted(args.experiments_dir.glob("*.json"))]
+        loaded = [(experiment, load_results(experiment, args.results_dir)) for experiment in experiments]
+        retrained = retrained_u_fids([record for _, records in loaded for record in records])
+        for experiment, records in loaded:
             if records:
-                lines += section(experiment, records, args.output_dir)
+                lines += section(experiment, records, args.output_dir, retrained)
     except ExperimentError as error:
         print(error, file=sys.stderr)
         return 2

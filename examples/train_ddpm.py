@@ -1,6 +1,6 @@
 """Train a small DDPM in diffusers format, unconditional or by class: for the demo, the benchmarks or your own images.
 
-The demo's base model (MNIST at 28x28, 1.8 M parameters):
+MNIST at 28x28, 1.8 M parameters (the demo's own model took two runs, see the card in ``vdu_peft/assets/mnist``):
 
     python examples/train_ddpm.py --train_data mnist.npz --image_column train_images \
         --resolution 28 --channels 1 --output_dir mnist-ddpm

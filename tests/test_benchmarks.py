@@ -1,6 +1,7 @@
 """The baselines' mathematics on small sizes, and one small experiment from its file to its table."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -17,9 +18,10 @@ from benchmarks import adapter_cost, composition, digits, robustness, run, table
 from benchmarks.baselines import erasediff, salun, selective_amnesia, siss, vdu
 from benchmarks.baselines.finetune import draw, finetune, gradients, loss, parameters
 from benchmarks.bases import BASES, Base, BaseError, as_judged
-from benchmarks.experiment import EXPERIMENTS, Entry, read_experiment
+from benchmarks.experiment import EXPERIMENTS, Entry, Relearning, read_experiment
 from benchmarks.judges import lenet
 from benchmarks.methods import METHODS, given_replay
+from benchmarks.relearning import relearn
 from benchmarks.task import Task
 from vdu_peft.adapter import load_adapter
 from vdu_peft.config import UnlearnConfig, VDUConfig
@@ -27,7 +29,7 @@ from vdu_peft.data import to_tensor
 from vdu_peft.demo import base_denoiser, demo_images, demo_judge, demo_samples
 from vdu_peft.denoiser import Denoiser
 from vdu_peft.evaluation import to_pixels
-from vdu_peft.metrics import frechet_distance
+from vdu_peft.metrics import frechet_distance, pul_interval
 from vdu_peft.trainer import lr_factor
 
 
@@ -174,6 +176,30 @@ def test_fisher_is_the_mean_squared_gradient_of_single_images(task):
     torch.testing.assert_close(flat(information), expected / selective_amnesia.FISHER_SAMPLES)
 
 
+def test_ewc_takes_the_gradient_of_its_stated_loss(task):
+    """−ℓ(forget) + ℓ(replay) + fisher_weight Σ F (θ − θ*)² / 2 by autograd, against what Adam is given."""
+    noise = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(3))
+    means = [torch.full((1, 2, 2), 0.3), torch.full((1, 2, 2), -0.1)]
+    information = [torch.rand(1, 2, 2), torch.rand(1, 2, 2)]
+    torch.manual_seed(5)
+    given = selective_amnesia.penalised(task, noise, means, information, 7.0)
+    torch.manual_seed(5)
+    value = loss(task, draw(noise, task)) - loss(task, draw(task.forget, task))
+    quadratic = [f * (p - m).square() / 2 for f, p, m in zip(information, parameters(task), means, strict=True)]
+    expected = torch.autograd.grad(value + 7.0 * sum(q.sum() for q in quadratic), parameters(task))
+    torch.testing.assert_close(given, list(expected))
+
+
+def test_vdu_holds_every_weight_by_its_own_variance(task):
+    """One weight with hardly any variance, all others free: it alone stays."""
+    tight = [torch.full_like(p, 1e6) for p in parameters(task)]
+    tight[0][0, 0, 0] = 1e-12
+    before = flat(parameters(task)).detach().clone()
+    vdu.with_variance(replace(task, max_train_steps=40), 1e-2, 0.5, tight)
+    moved = (flat(parameters(task)) - before).abs()
+    assert moved[0] < 1e-3 and moved[1:].min() > 1e-2
+
+
 def test_vdu_checkpoints_leave_the_model_alone_and_give_their_variance(task):
     before = flat(parameters(task)).detach().clone()
     weights = vdu.checkpoint_weights(task)
@@ -308,10 +334,10 @@ def dies_on_two(item, results, data_dir, threads, commit):
 @pytest.fixture
 def small_base(tmp_path, monkeypatch):
     """A base model at 16 x 16 with its data and its retrained twin; the weights mean nothing."""
-    unet = base_denoiser().model
-    for folder, factor in (("ddpm", 1.0), ("retrained-3", 0.5)):
-        unet.conv_in.weight.data *= factor
-        unet.register_to_config(sample_size=16)
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    sizes = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+    for folder in ("ddpm", "retrained-3"):
+        unet = UNet2DModel(sample_size=16, in_channels=1, out_channels=1, **sizes, **blocks)
         DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / folder)
     rng = np.random.default_rng(0)
     labels = (np.arange(1200) % 10).astype(np.uint8)
@@ -357,7 +383,7 @@ def test_runs_on_another_base_beside_its_retrained_model(small_base, tmp_path, c
                 "label": "ours",
                 "method": "vdu_peft",
                 "sees": "",
-                "options": {"replay_size": 4, "replay_filter": "oracle"},
+                "options": {"replay_size": 4, "replay_filter": "off"},
             },
             {"label": "retrained", "method": "retrained", "sees": ""},
         ],
@@ -381,7 +407,7 @@ def test_runs_on_another_base_beside_its_retrained_model(small_base, tmp_path, c
     assert tables.main([*folders, f"--output_dir={tmp_path}"]) == 0
     text = (tmp_path / "README.md").read_text()
     relative = ours["report"]["u_fid_after"] / gold["report"]["u_fid_after"]
-    assert "u-FID over retrained" in text and f"| {relative:.2f} |" in text and "2 or all forget images" in text
+    assert "| over retrained |" in text and f"| {relative:.2f} |" in text and "2 or all forget images" in text
 
     assert run.main(["small", "--dry_run", *folders, f"--data_dir={tmp_path / 'none'}"]) == 2
     assert "digits.npz: not there" in capsys.readouterr().err
@@ -417,14 +443,15 @@ def test_the_judges_read_real_images_at_both_sizes(size):
 
 def test_a_table_of_one_method_sums_up_by_number_of_forget_images():
     def record(images, pul):
-        report = {"pul": pul, "u_fid_after": 1.0, "fid_before": 1.0, "precision": 1.0, "recall": 1.0}
-        report |= {"histogram_before": [0.5, 0.5], "histogram_after": [0.1, 0.9]}
-        spec = {"forget_class": 0, "num_forget_images": images, "seed": 0}
+        report = {"pul": pul, "u_fid_after": 1.0, "fid_before": 1.0, "kid_after": 1.0, "precision": 1.0, "recall": 1.0}
+        report |= {"histogram_before": [0.5, 0.5], "histogram_after": [0.1, 0.9], "retained_distance": 0.0}
+        report |= {"num_samples": 10}
+        spec = {"base": "a", "forget_class": 0, "num_forget_images": images, "seed": 0}
         lenet = {"pul": pul, "share_before": 0.5, "share_after": 0.1}
         return {"spec": spec, "report": report, "lenet": lenet, "status": "forgotten"}
 
-    rows = tables.class_table([record(8, 50.0), record(8, 60.0), record(8, 61.0), record(32, 90.0)])
-    summaries = {tuple(cell.strip() for cell in row.split("|")[1:3]): row.split("|")[6].strip() for row in rows[6:]}
+    rows = tables.class_table([record(8, 50.0), record(8, 60.0), record(8, 61.0), record(32, 90.0)], {})
+    summaries = {tuple(cell.strip() for cell in row.split("|")[1:3]): row.split("|")[7].strip() for row in rows[6:]}
     assert summaries["mean", "8"] == "57.0" and summaries["median", "8"] == "60.0"
     assert summaries["worst", "8"] == "50.0" and summaries["mean", "32"] == "90.0"
 
@@ -521,6 +548,37 @@ def test_tables_take_the_best_of_a_grid():
 
     assert best(weak=(1.0, 50.0), good=(1.5, 90.0), ruin=(9.0, 100.0)) == ["good"]
     assert best(bad=(5.0, 50.0), ruin=(9.0, 100.0), broken=(float("nan"), 100.0)) == ["bad"]
+
+
+def test_u_fid_is_compared_with_the_retrained_model_of_the_same_base_and_class():
+    def record(base, forget_class, u_fid, method="vdu_peft"):
+        spec = {"base": base, "forget_class": forget_class, "method": method}
+        return {"spec": spec, "report": {"u_fid_after": u_fid}}
+
+    gold = [record("a", 1, 4.0, "retrained"), record("a", 1, 6.0, "retrained"), record("b", 1, 50.0, "retrained")]
+    retrained = tables.retrained_u_fids([*gold, record("a", 1, 99.0)])
+    assert retrained == {("a", 1): 5.0, ("b", 1): 50.0}
+    records = [record("a", 1, 10.0), record("a", 2, 10.0)]
+    value, form = tables.columns_of(records, retrained)["over retrained"]
+    assert value(records[0]) == 2.0 and math.isnan(value(records[1]))
+    assert tables.cell([value(r) for r in records], form) == "2.00" and tables.cell([math.nan], form) == ""
+    assert "over retrained" not in tables.columns_of(records[1:], retrained)
+
+
+def test_the_interval_of_several_runs_is_that_of_their_samples_together():
+    def record(before, after, num_samples):
+        lenet = {"share_before": before / num_samples, "share_after": after / num_samples}
+        return {"lenet": lenet, "report": {"num_samples": num_samples}}
+
+    low, high = pul_interval(150, 7, 1500, 1500)
+    assert tables.pooled_interval([record(100, 7, 1000), record(50, 0, 500)]) == f"{low:.0f} to {high:.0f}"
+
+
+def test_relearning_that_breaks_off_says_so(task):
+    """Weights that are not finite: no step is reached."""
+    task.denoiser.model.weight.data[:] = float("nan")
+    shares = relearn(task, Relearning("retain", 3, 1e-4, [1, 2], 2), 0)
+    assert len(shares) == 2 and all(map(math.isnan, shares))
 
 
 def test_when_half_of_the_share_is_back():

@@ -50,6 +50,9 @@ def test_pul_interval_covers_as_often_as_it_says():
             covered += (before[b] * after[a]).item() * (low <= truth <= high)
     assert 0.95 <= covered < 0.995
     assert pul_interval(50, 0, 1000, 1000)[1] == 100
+    # Half as many samples after, half as many of the class: the same share, so the interval lies around 0.
+    low, high = pul_interval(400, 200, 2000, 1000)
+    assert low < 0 < high and abs(low + high) / 2 < 3
     assert all(math.isnan(bound) for bound in (*pul_interval(0, 0, 10, 10), *pul_interval(0, 3, 10, 10)))
 
 

@@ -20,14 +20,18 @@ def selective_amnesia(task: Task, learning_rate: float, fisher_weight: float) ->
     mean = [p.detach().clone() for p in parameters(task)]
     information = fisher(task, replay)
 
-    def gradient() -> Gradients:
-        terms = gradients(loss(task, draw(replay, task)) - loss(task, draw(task.forget, task)), task)
-        return [
-            g + fisher_weight * f * (p.detach() - m)
-            for g, f, p, m in zip(terms, information, parameters(task), mean, strict=True)
-        ]
+    return finetune(task, learning_rate, lambda: penalised(task, replay, mean, information, fisher_weight))
 
-    return finetune(task, learning_rate, gradient)
+
+def penalised(
+    task: Task, replay: torch.Tensor, mean: Gradients, information: Gradients, fisher_weight: float
+) -> list[torch.Tensor]:
+    """The gradient of the whole loss on a batch, its quadratic's in closed form."""
+    terms = gradients(loss(task, draw(replay, task)) - loss(task, draw(task.forget, task)), task)
+    return [
+        g + fisher_weight * f * (p.detach() - m)
+        for g, f, p, m in zip(terms, information, parameters(task), mean, strict=True)
+    ]
 
 
 def fisher(task: Task, images: torch.Tensor) -> list[torch.Tensor]:

@@ -20,7 +20,8 @@ CHECKPOINTS, CHECKPOINT_STEPS, CHECKPOINT_LEARNING_RATE = 3, 50, 1e-4
 SMALLEST_STD = 1e-6
 
 
-def _run(task: Task, learning_rate: float, gamma: float, variance: list[torch.Tensor]) -> Outcome:
+def with_variance(task: Task, learning_rate: float, gamma: float, variance: list[torch.Tensor]) -> Outcome:
+    """σ*² of every weight given."""
     mean = [p.detach().clone() for p in parameters(task)]
 
     def gradient() -> Gradients:
@@ -42,12 +43,12 @@ def weighted(
 
 def isotropic(task: Task, learning_rate: float, gamma: float, std: float) -> Outcome:
     """One σ* for every weight."""
-    return _run(task, learning_rate, gamma, [torch.full_like(p, std**2) for p in parameters(task)])
+    return with_variance(task, learning_rate, gamma, [torch.full_like(p, std**2) for p in parameters(task)])
 
 
 def checkpoints(task: Task, learning_rate: float, gamma: float) -> Outcome:
     """σ*_i from checkpoints."""
-    return _run(task, learning_rate, gamma, variance(checkpoint_weights(task)))
+    return with_variance(task, learning_rate, gamma, variance(checkpoint_weights(task)))
 
 
 def checkpoint_weights(task: Task) -> list[list[torch.Tensor]]:
