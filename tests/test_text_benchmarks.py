@@ -21,11 +21,11 @@ from benchmarks.memory import LiveBytes, Released, step_bytes
 from benchmarks.text import attacks
 from benchmarks.text import run as text_run
 from benchmarks.text.dolls import CONCEPTS, Dolls, Forgotten
-from benchmarks.text.esd import esd
+from benchmarks.text.esd import draw_until, esd
 from benchmarks.text.negative_mse import negative_mse
 from benchmarks.text.spm import spm
 from benchmarks.text.tables import attack_section, text_section
-from benchmarks.text.task import make_task
+from benchmarks.text.task import TextTask, make_task
 from benchmarks.text.uce import uce
 from vdu_peft.denoiser import ModelError
 from vdu_peft.judge import AttributeJudge
@@ -127,6 +127,34 @@ def test_esd_trains_what_it_says(dolls, parameters):
     assert changed and all(("attn2" in name) == (parameters == "x") for name in changed)
 
 
+def test_draw_until_stops_on_the_stock_pipelines_way(dolls):
+    denoiser = dolls.denoiser(["an elf", "an orc"])
+    stock = denoiser.pipeline
+    stock.set_progress_bar_config(disable=True)
+    stops = set()
+    for seed in range(4):
+        torch.manual_seed(seed)
+        x_t, timesteps = draw_until(denoiser, torch.tensor([0, 1]))
+        torch.manual_seed(seed)
+        stop, noise = int(torch.randint(20, ())), torch.randn(2, *denoiser.latent_shape)
+        way = [noise]
+        stock(
+            ["an elf", "an orc"],
+            latents=noise,
+            guidance_scale=denoiser.guidance_scale,
+            num_inference_steps=20,
+            height=16,
+            width=16,
+            output_type="latent",
+            callback_on_step_end=lambda _, __, ___, kept, way=way: way.append(kept["latents"]) or kept,
+        )
+        torch.testing.assert_close(x_t, way[stop], atol=1e-4, rtol=0)
+        assert timesteps.tolist() == [stock.scheduler.timesteps[stop]] * 2
+        assert stop == 0 or not torch.allclose(x_t, way[stop - 1], atol=1e-3)
+        stops.add(stop)
+    assert len(stops) > 2
+
+
 def test_spm_moves_every_layer_by_one_rank(dolls):
     task = make_task(dolls, SWORD, num_images=4, num_retained=3, seed=0)
     before = {name: p.detach().clone() for name, p in task.denoiser.model.named_parameters()}
@@ -151,33 +179,62 @@ class Reader(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.head = nn.Linear(16, 1)
+        self.attn2 = nn.Linear(16, 1)
 
     def forward(self, x_t, timesteps, encoder_hidden_states):
-        return SimpleNamespace(sample=self.head(encoder_hidden_states.mean(1))[..., None, None].expand_as(x_t))
+        return SimpleNamespace(sample=self.attn2(encoder_hidden_states.mean(1))[..., None, None].expand_as(x_t))
+
+
+def read_by_one_number(dolls) -> TextTask:
+    """One caption, its anchor and one retained prompt, which a Reader predicts."""
+    task = make_task(dolls, SWORD, num_images=4, num_retained=1, seed=0)
+    task.denoiser.embeddings["encoder_hidden_states"] = torch.randn(task.denoiser.num_classes, 8, 16)
+    task.denoiser.model = Reader()
+    return replace(task, captions=task.captions[:1], anchors=task.anchors[:1])
+
+
+def prediction(task: TextTask, prompts: list[str]) -> float:
+    x_t, timesteps = torch.zeros(1, *task.denoiser.latent_shape), torch.zeros(1, dtype=torch.int64)
+    with torch.no_grad():
+        return task.denoiser.noise_pred(x_t, timesteps, task.labels(prompts)).mean().item()
+
+
+def test_esd_goes_past_the_anchor_by_eta(dolls):
+    task = read_by_one_number(dolls)
+    forget, anchor = prediction(task, task.captions), prediction(task, task.anchors)
+    assert esd(task, "x", learning_rate=3e-2, steps=150, batch_size=1, guidance=0.5) == "done"
+    expected = anchor - 0.5 * (forget - anchor)
+    assert prediction(task, task.captions) == pytest.approx(expected, abs=0.02 * abs(anchor - forget))
 
 
 def test_spm_goes_past_the_anchor(dolls):
     """η = 1 and nothing anchored: the forgotten prompt ends at the mirror image of where it was in the anchor."""
-    task = make_task(dolls, SWORD, num_images=4, num_retained=1, seed=0)
-    task = replace(task, captions=task.captions[:1], anchors=task.anchors[:1])
-    denoiser = task.denoiser
-    denoiser.embeddings["encoder_hidden_states"] = torch.randn(denoiser.num_classes, 8, 16)
-    denoiser.model = Reader()
-    x_t, timesteps = torch.zeros(1, *denoiser.latent_shape), torch.zeros(1, dtype=torch.int64)
-
-    def prediction(prompts) -> float:
-        with torch.no_grad():
-            return denoiser.noise_pred(x_t, timesteps, task.labels(prompts)).mean().item()
-
-    forget, anchor = prediction(task.captions), prediction(task.anchors)
+    task = read_by_one_number(dolls)
+    forget, anchor = prediction(task, task.captions), prediction(task, task.anchors)
     options = {"learning_rate": 3e-2, "steps": 300, "batch_size": 1, "guidance": 1.0, "anchoring_weight": 0.0}
     assert spm(task, **options) == "done"
-    assert prediction(task.captions) == pytest.approx(2 * anchor - forget, abs=0.02 * abs(anchor - forget))
+    assert prediction(task, task.captions) == pytest.approx(2 * anchor - forget, abs=0.02 * abs(anchor - forget))
 
 
-def test_negative_mse_climbs_by_the_text_encoder_alone(dolls):
+def test_spm_keeps_what_it_anchors_in_place(dolls):
+    """A retained prompt that is read much like the forgotten one goes with it, unless the anchoring weighs more."""
+    moved = {}
+    for weight in (0.0, 1000.0):
+        torch.manual_seed(0)
+        task = read_by_one_number(dolls)
+        table = task.denoiser.embeddings["encoder_hidden_states"]
+        (forgotten,), (kept,) = task.labels(task.captions), task.labels(task.retained)
+        table[kept] = table[forgotten] + 0.5 * table[kept]
+        before = prediction(task, task.retained)
+        options = {"learning_rate": 1e-2, "steps": 200, "batch_size": 1, "guidance": 1.0, "anchoring_weight": weight}
+        assert spm(task, **options) == "done"
+        moved[weight] = abs(prediction(task, task.retained) - before)
+    assert moved[1000.0] < 0.05 * moved[0.0]
+
+
+def test_negative_mse_climbs_by_part_of_the_text_encoder_alone(dolls):
     task = make_task(dolls, SWORD, num_images=4, num_retained=2, seed=0)
+    encoder = {name: value.clone() for name, value in task.denoiser.pipeline.text_encoder.named_parameters()}
     network = {name: value.clone() for name, value in task.denoiser.model.state_dict().items()}
     # Many draws: those of the training are others.
     noise = torch.randn(256, *task.denoiser.latent_shape)
@@ -193,6 +250,12 @@ def test_negative_mse_climbs_by_the_text_encoder_alone(dolls):
     assert negative_mse(task, learning_rate=1e-2, steps=30, batch_size=4) == "done"
     assert loss() > before
     assert all(torch.equal(value, network[name]) for name, value in task.denoiser.model.state_dict().items())
+    after = task.denoiser.pipeline.text_encoder.named_parameters()
+    changed = {name for name, value in after if not torch.equal(value, encoder[name])}
+    # A key's bias moves all of a row's attention logits alike, which changes nothing; by rounding it may have moved.
+    keys = "encoder.layers.1.self_attn.k_proj.bias"
+    expected = {name for name in encoder if ".mlp." in name or ".layers.1.self_attn." in name}
+    assert changed | {keys} == expected and len(expected) == 2 * 4 + 8
 
 
 def test_a_run_writes_a_result_that_tells_itself(dolls, tmp_path, monkeypatch, capsys):

@@ -28,7 +28,6 @@ from benchmarks.text.run import (
 from benchmarks.text.task import make_task
 from vdu_peft.attack import embedding_attack, shift_embeddings
 from vdu_peft.evaluation import labelled_grids
-from vdu_peft.objective import denoising_loss
 from vdu_peft.text_denoiser import TextDenoiser
 from vdu_peft.text_evaluation import EvaluationPrompt, Target, draw
 
@@ -99,7 +98,10 @@ def share_shown(images: torch.Tensor, target: Target, dolls: Dolls) -> float:
 
 
 def relearned(denoiser: TextDenoiser, images: torch.Tensor, labels: torch.Tensor, seed: int):
-    """Fine-tune the whole network on a few images of the target with their captions; yields at ``RELEARN_STEPS``."""
+    """Fine-tune the whole network on a few images of the target with their captions; yields at ``RELEARN_STEPS``.
+
+    On the loss that it was trained on: the error of its own prediction.
+    """
     latents = denoiser.encode(images)
     denoiser.model.requires_grad_(True)
     optimizer = torch.optim.Adam(denoiser.model.parameters(), lr=RELEARN_LEARNING_RATE)
@@ -109,7 +111,8 @@ def relearned(denoiser: TextDenoiser, images: torch.Tensor, labels: torch.Tensor
         noise = torch.randn_like(latents)
         timesteps = torch.randint(denoiser.num_train_timesteps, (len(latents),))
         x_t = denoiser.add_noise(latents, noise, timesteps)
-        denoising_loss(denoiser.noise_pred(x_t, timesteps, labels), noise).mean().backward()
+        error = denoiser.noise_pred(x_t, timesteps, labels) - noise
+        denoiser.schedule.own_error(error, timesteps).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         if step in RELEARN_STEPS:
