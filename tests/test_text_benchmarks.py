@@ -101,6 +101,21 @@ def test_a_task_has_no_image_or_prompt_of_the_held_out_split(dolls):
     assert [SWORD.is_shown(prompt.attributes) for prompt in prompts] == [True] * 5 + [False] * 3
 
 
+@pytest.mark.parametrize("concept", CONCEPTS)
+def test_real_images_are_of_no_character_that_is_asked_for_and_the_floor_is_of_others(concept):
+    dolls, forgotten = Dolls(), CONCEPTS[concept]
+    without, others = text_run.real_rows(dolls, lambda row: not forgotten.is_shown(row), text_run.NUM_OTHERS)
+    assert len(without) == text_run.NUM_REFERENCE and len(others) == text_run.NUM_OTHERS
+    assert not any(forgotten.is_shown(dolls.attributes[i]) for i in without)
+    for target, instead in zip(forgotten.targets, forgotten.instead, strict=True):
+        reference, sample = text_run.real_rows(
+            dolls, lambda row, t=target, i=instead: row[t.attribute] == i, text_run.NUM_TARGET
+        )
+        assert len(reference) >= 400 and len(sample) == text_run.NUM_TARGET
+        assert max(without + others + reference + sample) < dolls.count  # the prompts are of those that follow
+        assert not {*sample} & {*reference, *without} and not {*others} & {*without}
+
+
 def test_uce_makes_the_concept_read_as_its_anchor(dolls):
     """Nothing to preserve and hardly any ridge: keys and values of the edited captions become the anchors'."""
     task = make_task(dolls, SWORD, num_images=2, num_retained=2, seed=0)
@@ -279,13 +294,32 @@ def test_a_run_writes_a_result_that_tells_itself(dolls, tmp_path, monkeypatch, c
     # Before: the base, asked for the anchor. By hand, from the images that it kept.
     (file,) = (tmp_path / "results").glob("dolls-before-sword-anchors-*.safetensors")
     features, _ = dolls.judge.judge(load_file(file)["images"])
-    unarmed = text_run.real_images(dolls, lambda attributes: attributes["weapon"] == "")
-    expected = frechet_distance(features, dolls.judge.judge(unarmed)[0])
+    unarmed = [i for i in range(dolls.count) if dolls.attributes[i]["weapon"] == ""]
+    real = [dolls.judge.judge(dolls.real_images(rows))[0] for rows in (unarmed[:4], unarmed[4:])]
+    expected = frechet_distance(features, real[1])
     anchored = record["figures"]["weapon=sword"]["FID to real images of the anchor"]
     assert anchored[0] == pytest.approx(expected) and anchored[1] != pytest.approx(expected)
+    floor = record["real images"]["weapon=sword"]
+    assert floor["FID to real images of the anchor"] == pytest.approx(frechet_distance(*real))
+
+    def methods(*records) -> list[str]:
+        return [line.split("|")[2].strip() for line in text_section(records)[6:-1]]
+
+    assert methods(record) == ["real images", "untouched base", "ours"]
     lines = text_section([record])
-    assert [line.split("|")[2].strip() for line in lines[6:-1]] == ["untouched base", "ours"]
-    assert f"{record['figures']['weapon=sword']['UA'][1]:.1%}" in lines[-2]
+    assert f"{record['figures']['weapon=sword']['UA'][1]:.1%}" in lines[-2] and "earlier" not in "".join(lines)
+    assert lines[-4].split("|")[8].strip() == f"{floor['FID, target prompts']:.1f}"
+    # Of before the real images had a row; of another method's options; both beside the new one.
+    old = {name: value for name, value in record.items() if name != "real images"}
+    spm = {**old, "method": "spm"}
+    assert methods(old, spm, record) == [
+        "untouched base (earlier reference)",
+        "ours (earlier reference)",
+        "spm (earlier options, earlier reference)",
+        "real images",
+        "untouched base",
+        "ours",
+    ]
     arguments = [
         f"--results_dir={tmp_path / 'results'}",
         "--concepts",
@@ -298,10 +332,18 @@ def test_a_run_writes_a_result_that_tells_itself(dolls, tmp_path, monkeypatch, c
     assert text_run.main(arguments) == 0
     assert capsys.readouterr().out.split() == ["uce-sword-0"]
     assert text_run.main([*arguments[:-1], f"--model_dir={tmp_path / 'nowhere'}"]) == 2
-    check_attacks(tmp_path, monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setitem(text_run.METHODS, "ours", (text_run.ours, {**options, "max_train_steps": 3}))
+        capsys.readouterr()
+        assert text_run.main(arguments) == 2
+        assert capsys.readouterr().err == (
+            f"{tmp_path / 'results' / 'dolls' / 'ours-sword-0.json'}: of another options than the benchmark; "
+            "remove it to run anew\n"
+        )
+    check_attacks(tmp_path, monkeypatch, capsys)
 
 
-def check_attacks(folder, monkeypatch):
+def check_attacks(folder, monkeypatch, capsys):
     """On the pipeline that the run has left."""
     small = {
         "NUM_FORGET": 8,
@@ -330,6 +372,19 @@ def check_attacks(folder, monkeypatch):
     assert all(0 <= share <= 1 for share in shown.values()) and file.with_suffix(".png").is_file()
     row = " | ".join(f"{share:.0%}" for share in shown.values())
     assert attack_section([record])[-2] == f"| sword | ours | 0 | {row} |"
+    del record["relearning"]["loss"]  # as it was before the losses were on the network's own prediction
+    lines = attack_section([record])
+    assert "before an option" in lines[2] and lines[-2] == f"| sword | ours (earlier options) | 0 | {row} |"
+    with monkeypatch.context() as patch:
+        patch.setattr(attacks, "ATTACK_STEPS", 3)
+        assert attacks.main([*arguments, "ours"]) == 2
+        assert "of another embedding_attack than" in capsys.readouterr().err
+        # Nor is a model attacked that was made with other options than it would be now.
+        patch.setitem(text_run.REVISIONS, "ours", 2)
+        file.rename(file.with_suffix(".kept"))
+        assert attacks.main([*arguments, "ours"]) == 2
+        assert "of another revision than" in capsys.readouterr().err
+        file.with_suffix(".kept").rename(file)
     assert attacks.main([*arguments, "uce"]) == 2  # no pipeline of it is there
     file.unlink()
     assert attacks.main([*arguments, "ours", "--dry_run"]) == 0 and not file.is_file()

@@ -3,8 +3,8 @@
 After Lyu et al. 2024, "One-dimensional Adapter to Rule Them All" (erasing and latent anchoring), with the retained
 prompts in place of anchors drawn by their distance from the concept, and without the scaling by prompt at inference
 ("facilitated transport"), which no stock pipeline does. The authors' code (Con6924/SPM) weighs the anchoring by 1000,
-as ours does, but takes 3,000 steps at a learning rate of 1e-4, with warmup, where ours takes 100 of a batch of 8 at 1e-3.
-Its models predict the noise; here the losses are on whatever the network predicts.
+as ours does, but takes 3,000 steps at a learning rate of 1e-4, with warmup, where ours takes 100 of a batch of 8 at
+1e-3. Its models predict the noise; here the losses are on whatever the network predicts.
 """
 
 import torch
