@@ -12,12 +12,12 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import tiny_text_pipeline
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.memory import LiveBytes, Released, step_bytes
+from benchmarks.memory import VAE, LiveBytes, Released, encode_bytes, step_bytes
 from benchmarks.text import attacks
 from benchmarks.text import run as text_run
 from benchmarks.text.dolls import CONCEPTS, Dolls, Forgotten
@@ -149,15 +149,15 @@ def test_draw_until_stops_on_the_stock_pipelines_way(dolls):
     stops = set()
     for seed in range(4):
         torch.manual_seed(seed)
-        x_t, timesteps = draw_until(denoiser, torch.tensor([0, 1]))
+        x_t, timesteps = draw_until(denoiser, torch.tensor([0, 1]), num_inference_steps=6)
         torch.manual_seed(seed)
-        stop, noise = int(torch.randint(20, ())), torch.randn(2, *denoiser.latent_shape)
+        stop, noise = int(torch.randint(6, ())), torch.randn(2, *denoiser.latent_shape)
         way = [noise]
         stock(
             ["an elf", "an orc"],
             latents=noise,
             guidance_scale=denoiser.guidance_scale,
-            num_inference_steps=20,
+            num_inference_steps=6,
             height=16,
             width=16,
             output_type="latent",
@@ -245,6 +245,25 @@ def test_spm_keeps_what_it_anchors_in_place(dolls):
         assert spm(task, **options) == "done"
         moved[weight] = abs(prediction(task, task.retained) - before)
     assert moved[1000.0] < 0.05 * moved[0.0]
+
+
+BASELINES = {
+    "esd": (esd, {"parameters": "x", "guidance": 1.0}),
+    "spm": (spm, {"guidance": 1.0, "anchoring_weight": 1000.0}),
+    "negative_mse": (negative_mse, {}),
+}
+
+
+@pytest.mark.parametrize(("method", "options"), BASELINES.values(), ids=BASELINES)
+def test_baselines_have_no_loss_but_that_of_the_networks_own_prediction(dolls, monkeypatch, method, options):
+    """Where no error of it is seen, nothing is learned."""
+    task = make_task(dolls, SWORD, num_images=4, num_retained=2, seed=0)
+    monkeypatch.setattr(task.denoiser.schedule, "own_error", lambda noise_error, timesteps: 0 * noise_error)
+    parts = task.denoiser.pipeline.text_encoder, task.denoiser.model
+    before = [{name: p.clone() for name, p in part.named_parameters()} for part in parts]
+    assert method(task, learning_rate=1e-2, steps=1, batch_size=2, **options) == "done"
+    for part, old in zip((parts[0], task.denoiser.model), before, strict=True):
+        assert all(torch.equal(p, old[name]) for name, p in part.named_parameters())
 
 
 def test_negative_mse_climbs_by_part_of_the_text_encoder_alone(dolls):
@@ -450,6 +469,14 @@ def test_memory_of_a_step_counts_what_is_there():
     assert frozen + trained < step_bytes(tiny, 2, gradient_checkpointing=True)[2] < peak
     assert step_bytes(tiny, 4, gradient_checkpointing=False)[2] > 1.5 * peak - frozen
     AcceleratorState._reset_state()
+
+
+def test_encoding_takes_four_times_the_memory_at_twice_the_size():
+    with torch.device("meta"):
+        weights = 4 * sum(p.numel() for p in AutoencoderKL(**VAE, latent_channels=4).parameters())
+    small, large = (encode_bytes((4, size, size)) - weights for size in (64, 128))
+    assert large == pytest.approx(4 * small, rel=0.01)
+    assert small > 4 * 3 * 128 * 512 * 512  # a layer's input, what is in it and its output at the image's size
 
 
 def test_what_ships_is_small():
