@@ -5,6 +5,7 @@
 The real networks run a real step on fake tensors, which have shapes and lifetimes but no data; every storage is
 counted while it lives. What is not counted: the allocator's fragments, the libraries' workspaces, and the CUDA context,
 together about a gigabyte. VAE and text encoders are not there: they have done their work by then and are on the CPU.
+Before that the VAE encodes one image at a time beside the network, which the last column counts.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from diffusers import (
+    AutoencoderKL,
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
@@ -98,7 +100,22 @@ RELEASED = (
         (16, 64, 64),
         {"encoder_hidden_states": (512, 4096), "pooled_projections": (768,)},
     ),
+    Released(
+        "Flux.1 dev, 1024 px",
+        "FluxPipeline",
+        FluxTransformer2DModel,
+        {"guidance_embeds": True},
+        (16, 128, 128),
+        {"encoder_hidden_states": (512, 4096), "pooled_projections": (768,)},
+    ),
 )
+# Of all of them, but for the latents' channels.
+VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+}
 
 
 class Prompted(Denoiser):
@@ -180,16 +197,28 @@ def step_bytes(released: Released, train_batch_size: int, gradient_checkpointing
         return frozen, trained, live.peak
 
 
+def encode_bytes(latent_shape: tuple[int, int, int]) -> int:
+    """Peak of the VAE while it encodes one image, its weights included; in float32, ``force_upcast``'s default."""
+    channels, height, width = latent_shape
+    with FakeTensorMode(), LiveBytes() as live, torch.no_grad():
+        vae = AutoencoderKL(**VAE, latent_channels=channels)
+        vae.encode(torch.empty(1, 3, 8 * height, 8 * width)).latent_dist.mode()
+        return live.peak
+
+
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train_batch_size", type=int, nargs="+", default=[1])
     args = parser.parse_args(argv)
-    print("| model | forget + replay images | checkpointing | frozen network | adapter, gradient, Adam | peak |")
-    print("|---" * 6 + "|")
+    names = ["frozen network", "adapter, gradient, Adam", "peak of a step", "network and VAE, encoding"]
+    print("| model | forget + replay images | checkpointing | " + " | ".join(names) + " |")
+    print("|---" * 7 + "|")
     for released in RELEASED:
         for size in args.train_batch_size:
             for checkpointing in (True, False):
-                cells = [f"{number / GIB:.2f} GiB" for number in step_bytes(released, size, checkpointing)]
+                counts = step_bytes(released, size, checkpointing)
+                encoding = counts[0] + encode_bytes(released.latent_shape)
+                cells = [f"{number / GIB:.2f} GiB" for number in (*counts, encoding)]
                 images, yes = f"{size} + {size}", "yes" if checkpointing else "no"
                 print("| " + " | ".join([released.name, images, yes, *cells]) + " |", flush=True)
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 
 class StaleResultError(ValueError):
-    """A result of another base model than there is now; the message names it and the mend."""
+    """A result of another base model or other options than there are now; the message names it and the mend."""
 
 
 def has_result(file: Path, base_model: str) -> bool:
@@ -25,6 +25,17 @@ def has_result(file: Path, base_model: str) -> bool:
     if made_of != base_model:
         raise StaleResultError(f"{file}: of base model {made_of}, it is now {base_model}; remove it to run anew")
     return True
+
+
+def changed(record: dict, spec: dict) -> list[str]:
+    """Names of what a result was made with that is something else in its spec now."""
+    return [name for name, value in spec.items() if record.get(name) != value]
+
+
+def check_current(file: Path, spec: dict) -> None:
+    """Raises StaleResultError: the result in the file is not of this spec, which new ones must not stand beside."""
+    if names := changed(json.loads(file.read_text()), spec):
+        raise StaleResultError(f"{file}: of another {', '.join(names)} than the benchmark; remove it to run anew")
 
 
 def write_result(file: Path, record: dict) -> None:

@@ -38,6 +38,20 @@ def test_the_shift_is_the_one_of_least_loss(tmp_path):
     assert denoiser.model.gain.grad is None
 
 
+def test_of_a_model_that_predicts_v_it_is_the_one_of_least_loss_on_v(tmp_path):
+    """Of latents that are 1 everywhere the best constant is the mean of v, -E[sigma]; the noise has a lesser one."""
+    denoiser = TextDenoiser(tiny_text_pipeline(tmp_path, prediction_type="v_prediction"), ["a sword"])
+    denoiser.model = Mean()
+    denoiser.encode = lambda images: torch.ones(len(images), *denoiser.latent_shape)
+    images, labels = torch.zeros(4, 3, 16, 16), torch.zeros(4, dtype=torch.int64)
+    shift = embedding_attack(denoiser, images, labels, steps=300, learning_rate=0.02, batch_size=64)
+    sigmas, weights = denoiser.schedule.sigmas, denoiser.schedule.alphas.square()
+    of_the_noise = -(weights * sigmas).sum().item() / weights.sum().item()
+    found, expected = (denoiser.embeddings[EMBEDDING][0] + shift).mean().item(), -sigmas.mean().item()
+    # Timesteps spread a batch's mean of sigma by 0.03.
+    assert found == pytest.approx(expected, abs=0.06) and abs(of_the_noise - expected) > 0.2
+
+
 @pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
 def test_every_family_is_attacked_and_left_as_it_was(tmp_path, family):
     denoiser = TextDenoiser(tiny_text_pipeline(tmp_path, family), ["a sword"])

@@ -51,6 +51,26 @@ def test_a_perfect_prediction_gives_the_noise(prediction_type):
     torch.testing.assert_close(found, noise, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow"])
+def test_an_error_of_the_noise_is_brought_back_to_the_networks_own(prediction_type):
+    """Two predictions' difference, through the noise that they mean and back; for v that over alpha."""
+    scheduler = (
+        FlowMatchEulerDiscreteScheduler(shift=3.0)
+        if prediction_type == "flow"
+        else DDPMScheduler(prediction_type=prediction_type, rescale_betas_zero_snr=True)
+    )
+    schedule = NoiseSchedule(scheduler)
+    schedule.alphas, schedule.sigmas = schedule.alphas.double(), schedule.sigmas.double()
+    prediction, target, x_t = torch.randn(3, 6, 3, 4, 4, dtype=torch.float64)
+    noise_error = schedule.noise_pred(prediction, x_t, TIMESTEPS) - schedule.noise_pred(target, x_t, TIMESTEPS)
+    found = schedule.own_error(noise_error, TIMESTEPS)
+    torch.testing.assert_close(found, prediction - target, atol=1e-9, rtol=0)
+    if prediction_type == "v_prediction":
+        alpha = schedule.alphas[TIMESTEPS].view(-1, 1, 1, 1)
+        # alpha at the last timestep, where it is set to its least, is not exactly that of alpha^2 + sigma^2 = 1.
+        torch.testing.assert_close(found, noise_error / alpha, atol=1e-6, rtol=0)
+
+
 def test_a_flow_tells_its_network_sigma_and_samples_with_the_shift_of_its_resolution():
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     scheduler.set_timesteps(4, mu=1.0)  # a used scheduler gives the same schedule

@@ -12,20 +12,20 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import tiny_text_pipeline
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.memory import LiveBytes, Released, step_bytes
+from benchmarks.memory import VAE, LiveBytes, Released, encode_bytes, step_bytes
 from benchmarks.text import attacks
 from benchmarks.text import run as text_run
 from benchmarks.text.dolls import CONCEPTS, Dolls, Forgotten
-from benchmarks.text.esd import esd
+from benchmarks.text.esd import draw_until, esd
 from benchmarks.text.negative_mse import negative_mse
 from benchmarks.text.spm import spm
 from benchmarks.text.tables import attack_section, text_section
-from benchmarks.text.task import make_task
+from benchmarks.text.task import TextTask, make_task
 from benchmarks.text.uce import uce
 from vdu_peft.denoiser import ModelError
 from vdu_peft.judge import AttributeJudge
@@ -101,6 +101,21 @@ def test_a_task_has_no_image_or_prompt_of_the_held_out_split(dolls):
     assert [SWORD.is_shown(prompt.attributes) for prompt in prompts] == [True] * 5 + [False] * 3
 
 
+@pytest.mark.parametrize("concept", CONCEPTS)
+def test_real_images_are_of_no_character_that_is_asked_for_and_the_floor_is_of_others(concept):
+    dolls, forgotten = Dolls(), CONCEPTS[concept]
+    without, others = text_run.real_rows(dolls, lambda row: not forgotten.is_shown(row), text_run.NUM_OTHERS)
+    assert len(without) == text_run.NUM_REFERENCE and len(others) == text_run.NUM_OTHERS
+    assert not any(forgotten.is_shown(dolls.attributes[i]) for i in without)
+    for target, instead in zip(forgotten.targets, forgotten.instead, strict=True):
+        reference, sample = text_run.real_rows(
+            dolls, lambda row, t=target, i=instead: row[t.attribute] == i, text_run.NUM_TARGET
+        )
+        assert len(reference) >= 400 and len(sample) == text_run.NUM_TARGET
+        assert max(without + others + reference + sample) < dolls.count  # the prompts are of those that follow
+        assert not {*sample} & {*reference, *without} and not {*others} & {*without}
+
+
 def test_uce_makes_the_concept_read_as_its_anchor(dolls):
     """Nothing to preserve and hardly any ridge: keys and values of the edited captions become the anchors'."""
     task = make_task(dolls, SWORD, num_images=2, num_retained=2, seed=0)
@@ -127,6 +142,34 @@ def test_esd_trains_what_it_says(dolls, parameters):
     assert changed and all(("attn2" in name) == (parameters == "x") for name in changed)
 
 
+def test_draw_until_stops_on_the_stock_pipelines_way(dolls):
+    denoiser = dolls.denoiser(["an elf", "an orc"])
+    stock = denoiser.pipeline
+    stock.set_progress_bar_config(disable=True)
+    stops = set()
+    for seed in range(4):
+        torch.manual_seed(seed)
+        x_t, timesteps = draw_until(denoiser, torch.tensor([0, 1]), num_inference_steps=6)
+        torch.manual_seed(seed)
+        stop, noise = int(torch.randint(6, ())), torch.randn(2, *denoiser.latent_shape)
+        way = [noise]
+        stock(
+            ["an elf", "an orc"],
+            latents=noise,
+            guidance_scale=denoiser.guidance_scale,
+            num_inference_steps=6,
+            height=16,
+            width=16,
+            output_type="latent",
+            callback_on_step_end=lambda _, __, ___, kept, way=way: way.append(kept["latents"]) or kept,
+        )
+        torch.testing.assert_close(x_t, way[stop], atol=1e-4, rtol=0)
+        assert timesteps.tolist() == [stock.scheduler.timesteps[stop]] * 2
+        assert stop == 0 or not torch.allclose(x_t, way[stop - 1], atol=1e-3)
+        stops.add(stop)
+    assert len(stops) > 2
+
+
 def test_spm_moves_every_layer_by_one_rank(dolls):
     task = make_task(dolls, SWORD, num_images=4, num_retained=3, seed=0)
     before = {name: p.detach().clone() for name, p in task.denoiser.model.named_parameters()}
@@ -151,33 +194,81 @@ class Reader(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.head = nn.Linear(16, 1)
+        self.attn2 = nn.Linear(16, 1)
 
     def forward(self, x_t, timesteps, encoder_hidden_states):
-        return SimpleNamespace(sample=self.head(encoder_hidden_states.mean(1))[..., None, None].expand_as(x_t))
+        return SimpleNamespace(sample=self.attn2(encoder_hidden_states.mean(1))[..., None, None].expand_as(x_t))
+
+
+def read_by_one_number(dolls) -> TextTask:
+    """One caption, its anchor and one retained prompt, which a Reader predicts."""
+    task = make_task(dolls, SWORD, num_images=4, num_retained=1, seed=0)
+    task.denoiser.embeddings["encoder_hidden_states"] = torch.randn(task.denoiser.num_classes, 8, 16)
+    task.denoiser.model = Reader()
+    return replace(task, captions=task.captions[:1], anchors=task.anchors[:1])
+
+
+def prediction(task: TextTask, prompts: list[str]) -> float:
+    x_t, timesteps = torch.zeros(1, *task.denoiser.latent_shape), torch.zeros(1, dtype=torch.int64)
+    with torch.no_grad():
+        return task.denoiser.noise_pred(x_t, timesteps, task.labels(prompts)).mean().item()
+
+
+def test_esd_goes_past_the_anchor_by_eta(dolls):
+    task = read_by_one_number(dolls)
+    forget, anchor = prediction(task, task.captions), prediction(task, task.anchors)
+    assert esd(task, "x", learning_rate=3e-2, steps=150, batch_size=1, guidance=0.5) == "done"
+    expected = anchor - 0.5 * (forget - anchor)
+    assert prediction(task, task.captions) == pytest.approx(expected, abs=0.02 * abs(anchor - forget))
 
 
 def test_spm_goes_past_the_anchor(dolls):
     """η = 1 and nothing anchored: the forgotten prompt ends at the mirror image of where it was in the anchor."""
-    task = make_task(dolls, SWORD, num_images=4, num_retained=1, seed=0)
-    task = replace(task, captions=task.captions[:1], anchors=task.anchors[:1])
-    denoiser = task.denoiser
-    denoiser.embeddings["encoder_hidden_states"] = torch.randn(denoiser.num_classes, 8, 16)
-    denoiser.model = Reader()
-    x_t, timesteps = torch.zeros(1, *denoiser.latent_shape), torch.zeros(1, dtype=torch.int64)
-
-    def prediction(prompts) -> float:
-        with torch.no_grad():
-            return denoiser.noise_pred(x_t, timesteps, task.labels(prompts)).mean().item()
-
-    forget, anchor = prediction(task.captions), prediction(task.anchors)
+    task = read_by_one_number(dolls)
+    forget, anchor = prediction(task, task.captions), prediction(task, task.anchors)
     options = {"learning_rate": 3e-2, "steps": 300, "batch_size": 1, "guidance": 1.0, "anchoring_weight": 0.0}
     assert spm(task, **options) == "done"
-    assert prediction(task.captions) == pytest.approx(2 * anchor - forget, abs=0.02 * abs(anchor - forget))
+    assert prediction(task, task.captions) == pytest.approx(2 * anchor - forget, abs=0.02 * abs(anchor - forget))
 
 
-def test_negative_mse_climbs_by_the_text_encoder_alone(dolls):
+def test_spm_keeps_what_it_anchors_in_place(dolls):
+    """A retained prompt that is read much like the forgotten one goes with it, unless the anchoring weighs more."""
+    moved = {}
+    for weight in (0.0, 1000.0):
+        torch.manual_seed(0)
+        task = read_by_one_number(dolls)
+        table = task.denoiser.embeddings["encoder_hidden_states"]
+        (forgotten,), (kept,) = task.labels(task.captions), task.labels(task.retained)
+        table[kept] = table[forgotten] + 0.5 * table[kept]
+        before = prediction(task, task.retained)
+        options = {"learning_rate": 1e-2, "steps": 200, "batch_size": 1, "guidance": 1.0, "anchoring_weight": weight}
+        assert spm(task, **options) == "done"
+        moved[weight] = abs(prediction(task, task.retained) - before)
+    assert moved[1000.0] < 0.05 * moved[0.0]
+
+
+BASELINES = {
+    "esd": (esd, {"parameters": "x", "guidance": 1.0}),
+    "spm": (spm, {"guidance": 1.0, "anchoring_weight": 1000.0}),
+    "negative_mse": (negative_mse, {}),
+}
+
+
+@pytest.mark.parametrize(("method", "options"), BASELINES.values(), ids=BASELINES)
+def test_baselines_have_no_loss_but_that_of_the_networks_own_prediction(dolls, monkeypatch, method, options):
+    """Where no error of it is seen, nothing is learned."""
     task = make_task(dolls, SWORD, num_images=4, num_retained=2, seed=0)
+    monkeypatch.setattr(task.denoiser.schedule, "own_error", lambda noise_error, timesteps: 0 * noise_error)
+    parts = task.denoiser.pipeline.text_encoder, task.denoiser.model
+    before = [{name: p.clone() for name, p in part.named_parameters()} for part in parts]
+    assert method(task, learning_rate=1e-2, steps=1, batch_size=2, **options) == "done"
+    for part, old in zip((parts[0], task.denoiser.model), before, strict=True):
+        assert all(torch.equal(p, old[name]) for name, p in part.named_parameters())
+
+
+def test_negative_mse_climbs_by_part_of_the_text_encoder_alone(dolls):
+    task = make_task(dolls, SWORD, num_images=4, num_retained=2, seed=0)
+    encoder = {name: value.clone() for name, value in task.denoiser.pipeline.text_encoder.named_parameters()}
     network = {name: value.clone() for name, value in task.denoiser.model.state_dict().items()}
     # Many draws: those of the training are others.
     noise = torch.randn(256, *task.denoiser.latent_shape)
@@ -193,6 +284,12 @@ def test_negative_mse_climbs_by_the_text_encoder_alone(dolls):
     assert negative_mse(task, learning_rate=1e-2, steps=30, batch_size=4) == "done"
     assert loss() > before
     assert all(torch.equal(value, network[name]) for name, value in task.denoiser.model.state_dict().items())
+    after = task.denoiser.pipeline.text_encoder.named_parameters()
+    changed = {name for name, value in after if not torch.equal(value, encoder[name])}
+    # A key's bias moves all of a row's attention logits alike, which changes nothing; by rounding it may have moved.
+    keys = "encoder.layers.1.self_attn.k_proj.bias"
+    expected = {name for name in encoder if ".mlp." in name or ".layers.1.self_attn." in name}
+    assert changed | {keys} == expected and len(expected) == 2 * 4 + 8
 
 
 def test_a_run_writes_a_result_that_tells_itself(dolls, tmp_path, monkeypatch, capsys):
@@ -216,13 +313,32 @@ def test_a_run_writes_a_result_that_tells_itself(dolls, tmp_path, monkeypatch, c
     # Before: the base, asked for the anchor. By hand, from the images that it kept.
     (file,) = (tmp_path / "results").glob("dolls-before-sword-anchors-*.safetensors")
     features, _ = dolls.judge.judge(load_file(file)["images"])
-    unarmed = text_run.real_images(dolls, lambda attributes: attributes["weapon"] == "")
-    expected = frechet_distance(features, dolls.judge.judge(unarmed)[0])
+    unarmed = [i for i in range(dolls.count) if dolls.attributes[i]["weapon"] == ""]
+    real = [dolls.judge.judge(dolls.real_images(rows))[0] for rows in (unarmed[:4], unarmed[4:])]
+    expected = frechet_distance(features, real[1])
     anchored = record["figures"]["weapon=sword"]["FID to real images of the anchor"]
     assert anchored[0] == pytest.approx(expected) and anchored[1] != pytest.approx(expected)
+    floor = record["real images"]["weapon=sword"]
+    assert floor["FID to real images of the anchor"] == pytest.approx(frechet_distance(*real))
+
+    def methods(*records) -> list[str]:
+        return [line.split("|")[2].strip() for line in text_section(records)[6:-1]]
+
+    assert methods(record) == ["real images", "untouched base", "ours"]
     lines = text_section([record])
-    assert [line.split("|")[2].strip() for line in lines[6:-1]] == ["untouched base", "ours"]
-    assert f"{record['figures']['weapon=sword']['UA'][1]:.1%}" in lines[-2]
+    assert f"{record['figures']['weapon=sword']['UA'][1]:.1%}" in lines[-2] and "earlier" not in "".join(lines)
+    assert lines[-4].split("|")[8].strip() == f"{floor['FID, target prompts']:.1f}"
+    # Of before the real images had a row; of another method's options; both beside the new one.
+    old = {name: value for name, value in record.items() if name != "real images"}
+    spm = {**old, "method": "spm"}
+    assert methods(old, spm, record) == [
+        "untouched base (earlier reference)",
+        "ours (earlier reference)",
+        "spm (earlier options, earlier reference)",
+        "real images",
+        "untouched base",
+        "ours",
+    ]
     arguments = [
         f"--results_dir={tmp_path / 'results'}",
         "--concepts",
@@ -235,10 +351,18 @@ def test_a_run_writes_a_result_that_tells_itself(dolls, tmp_path, monkeypatch, c
     assert text_run.main(arguments) == 0
     assert capsys.readouterr().out.split() == ["uce-sword-0"]
     assert text_run.main([*arguments[:-1], f"--model_dir={tmp_path / 'nowhere'}"]) == 2
-    check_attacks(tmp_path, monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setitem(text_run.METHODS, "ours", (text_run.ours, {**options, "max_train_steps": 3}))
+        capsys.readouterr()
+        assert text_run.main(arguments) == 2
+        assert capsys.readouterr().err == (
+            f"{tmp_path / 'results' / 'dolls' / 'ours-sword-0.json'}: of another options than the benchmark; "
+            "remove it to run anew\n"
+        )
+    check_attacks(tmp_path, monkeypatch, capsys)
 
 
-def check_attacks(folder, monkeypatch):
+def check_attacks(folder, monkeypatch, capsys):
     """On the pipeline that the run has left."""
     small = {
         "NUM_FORGET": 8,
@@ -267,6 +391,19 @@ def check_attacks(folder, monkeypatch):
     assert all(0 <= share <= 1 for share in shown.values()) and file.with_suffix(".png").is_file()
     row = " | ".join(f"{share:.0%}" for share in shown.values())
     assert attack_section([record])[-2] == f"| sword | ours | 0 | {row} |"
+    del record["relearning"]["loss"]  # as it was before the losses were on the network's own prediction
+    lines = attack_section([record])
+    assert "before an option" in lines[2] and lines[-2] == f"| sword | ours (earlier options) | 0 | {row} |"
+    with monkeypatch.context() as patch:
+        patch.setattr(attacks, "ATTACK_STEPS", 3)
+        assert attacks.main([*arguments, "ours"]) == 2
+        assert "of another embedding_attack than" in capsys.readouterr().err
+        # Nor is a model attacked that was made with other options than it would be now.
+        patch.setitem(text_run.REVISIONS, "ours", 2)
+        file.rename(file.with_suffix(".kept"))
+        assert attacks.main([*arguments, "ours"]) == 2
+        assert "of another revision than" in capsys.readouterr().err
+        file.with_suffix(".kept").rename(file)
     assert attacks.main([*arguments, "uce"]) == 2  # no pipeline of it is there
     file.unlink()
     assert attacks.main([*arguments, "ours", "--dry_run"]) == 0 and not file.is_file()
@@ -332,6 +469,14 @@ def test_memory_of_a_step_counts_what_is_there():
     assert frozen + trained < step_bytes(tiny, 2, gradient_checkpointing=True)[2] < peak
     assert step_bytes(tiny, 4, gradient_checkpointing=False)[2] > 1.5 * peak - frozen
     AcceleratorState._reset_state()
+
+
+def test_encoding_takes_four_times_the_memory_at_twice_the_size():
+    with torch.device("meta"):
+        weights = 4 * sum(p.numel() for p in AutoencoderKL(**VAE, latent_channels=4).parameters())
+    small, large = (encode_bytes((4, size, size)) - weights for size in (64, 128))
+    assert large == pytest.approx(4 * small, rel=0.01)
+    assert small > 4 * 3 * 128 * 512 * 512  # a layer's input, what is in it and its output at the image's size
 
 
 def test_what_ships_is_small():

@@ -3,7 +3,6 @@
 import torch
 from tqdm.auto import tqdm
 
-from vdu_peft.objective import denoising_loss
 from vdu_peft.text_denoiser import TextDenoiser
 
 # Per-token embeddings, which every family has under this name.
@@ -28,6 +27,9 @@ def embedding_attack(
     δ is continuous and moves every token's embedding: no words have to exist for it. One δ serves all prompts, and
     where it finds nothing another may. The model is not changed.
 
+    The paper's models predict ε. The loss of one that predicts v or a flow is on that: the model's own denoising, in
+    which the noisy timesteps that decide what an image shows count as they did in its training.
+
     Args:
         images: (N, C, H, W) in [-1, 1] that show what was forgotten.
         class_labels: (N,) int64, the labels of their prompts.
@@ -49,7 +51,8 @@ def embedding_attack(
             timesteps = timesteps.to(denoiser.device)
             x_t = denoiser.add_noise(latents[rows].to(denoiser.device), noise, timesteps)
             denoiser.embeddings = {**table, EMBEDDING: table[EMBEDDING].float() + shift}
-            loss = denoising_loss(denoiser.noise_pred(x_t, timesteps, class_labels[rows]), noise).mean()
+            error = denoiser.noise_pred(x_t, timesteps, class_labels[rows]) - noise
+            loss = denoiser.schedule.own_error(error, timesteps).square().mean()
             (shift.grad,) = torch.autograd.grad(loss, [shift])
             optimizer.step()
     finally:

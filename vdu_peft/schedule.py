@@ -110,6 +110,13 @@ class NoiseSchedule:
         }[self.prediction_type]
         return (alpha * prediction - b * x_t) / (alpha * a - sigma * b)
 
+    def own_error(self, noise_error: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """An error of ε, (N, C, H, W), as one of what the network itself predicts: for v and flows that over α_t.
+
+        Squared it is what such networks are trained on. An error of ε would hardly count where there is much noise.
+        """
+        return noise_error / self.noise_pred(torch.ones_like(noise_error), torch.zeros_like(noise_error), timesteps)
+
     def sampler(self, num_inference_steps: int, device: torch.device) -> SchedulerMixin:
         """A fresh DDIM (eta 0), or Euler for a flow, set to its steps as the stock pipelines set theirs."""
         config = self.scheduler.config

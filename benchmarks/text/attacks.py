@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import set_seed
 
-from benchmarks.results import write_result
+from benchmarks.results import StaleResultError, check_current, write_result
 from benchmarks.run import code_version, environment
 from benchmarks.text.dolls import CONCEPTS, Dolls
 from benchmarks.text.run import (
@@ -25,10 +25,10 @@ from benchmarks.text.run import (
     missing_results,
     result_file,
 )
+from benchmarks.text.run import spec_of as model_spec
 from benchmarks.text.task import make_task
 from vdu_peft.attack import embedding_attack, shift_embeddings
 from vdu_peft.evaluation import labelled_grids
-from vdu_peft.objective import denoising_loss
 from vdu_peft.text_denoiser import TextDenoiser
 from vdu_peft.text_evaluation import EvaluationPrompt, Target, draw
 
@@ -37,6 +37,8 @@ NUM_IMAGES = 60
 # In forms that no caption has; what else they name is in many images without the target.
 PARAPHRASES = ("{}", "{0} {0} {0}", "holding a torch, {}", "wearing a gold crown, a {}", "a torch and a {} and a mummy")
 ATTACK_STEPS = 150
+# Of the embedding attack and of relearning; earlier results are of losses on the noise.
+LOSS = "on the network's own prediction"
 NUM_RELEARN_IMAGES, RELEARN_STEPS, RELEARN_LEARNING_RATE = 5, (10, 30, 100), 1e-4
 
 
@@ -68,10 +70,8 @@ def attack(concept: str, method: str, seed: int, results: Path, folder: Path, co
         "concept": concept,
         "method": method,
         "seed": seed,
-        "num_images": NUM_IMAGES,
+        **spec_of(method),
         "sampler": f"DDIM, {SAMPLE_STEPS} steps, guidance {denoiser.guidance_scale}, seed {seed + 1}",
-        "embedding_attack": {"steps": ATTACK_STEPS, "images": NUM_FORGET},
-        "relearning": {"images": NUM_RELEARN_IMAGES, "learning_rate": RELEARN_LEARNING_RATE},
         "shown": {name: share_shown(drawn, target, dolls) for name, drawn in images.items()},
         "environment": environment(commit),
     }
@@ -80,6 +80,16 @@ def attack(concept: str, method: str, seed: int, results: Path, folder: Path, co
     grids = {name: drawn[:20] for name, drawn in images.items()}
     labelled_grids(grids, columns=4).save(file.with_suffix(".png"))
     write_result(file, record)
+
+
+def spec_of(method: str) -> dict:
+    """What a result depends on besides concept, seed and code; it is stored with it."""
+    return {
+        "model": {} if method == "base" else model_spec(method),
+        "num_images": NUM_IMAGES,
+        "embedding_attack": {"steps": ATTACK_STEPS, "images": NUM_FORGET, "loss": LOSS},
+        "relearning": {"images": NUM_RELEARN_IMAGES, "learning_rate": RELEARN_LEARNING_RATE, "loss": LOSS},
+    }
 
 
 def attack_file(concept: str, method: str, seed: int, results: Path) -> Path:
@@ -99,7 +109,10 @@ def share_shown(images: torch.Tensor, target: Target, dolls: Dolls) -> float:
 
 
 def relearned(denoiser: TextDenoiser, images: torch.Tensor, labels: torch.Tensor, seed: int):
-    """Fine-tune the whole network on a few images of the target with their captions; yields at ``RELEARN_STEPS``."""
+    """Fine-tune the whole network on a few images of the target with their captions; yields at ``RELEARN_STEPS``.
+
+    On the loss that it was trained on: the error of its own prediction.
+    """
     latents = denoiser.encode(images)
     denoiser.model.requires_grad_(True)
     optimizer = torch.optim.Adam(denoiser.model.parameters(), lr=RELEARN_LEARNING_RATE)
@@ -109,7 +122,8 @@ def relearned(denoiser: TextDenoiser, images: torch.Tensor, labels: torch.Tensor
         noise = torch.randn_like(latents)
         timesteps = torch.randint(denoiser.num_train_timesteps, (len(latents),))
         x_t = denoiser.add_noise(latents, noise, timesteps)
-        denoising_loss(denoiser.noise_pred(x_t, timesteps, labels), noise).mean().backward()
+        error = denoiser.noise_pred(x_t, timesteps, labels) - noise
+        denoiser.schedule.own_error(error, timesteps).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         if step in RELEARN_STEPS:
@@ -121,14 +135,22 @@ def main(argv=None) -> int:
     single = [name for name, forgotten in CONCEPTS.items() if len(forgotten.targets) == 1]
     add_arguments(parser, single, ["base", *METHODS])
     args = parser.parse_args(argv)
-    missing = missing_results(args, attack_file)
-    if (code := ends_here(args, missing)) is not None:
-        return code
-    for concept, method, seed in missing:
-        model = result_file(concept, method, seed, args.results_dir).with_suffix("") / "pipeline"
-        if method != "base" and not model.is_dir():
-            print(f"{model}: not there; python -m benchmarks.text.run leaves it beside its result", file=sys.stderr)
-            return 2
+    try:
+        missing = missing_results(args, attack_file, spec_of)
+        if (code := ends_here(args, missing)) is not None:
+            return code
+        for concept, method, seed in missing:
+            if method == "base":
+                continue
+            result = result_file(concept, method, seed, args.results_dir)
+            model = result.with_suffix("") / "pipeline"
+            if not (result.is_file() and model.is_dir()):
+                print(f"{model}: not there; python -m benchmarks.text.run leaves it beside its result", file=sys.stderr)
+                return 2
+            check_current(result, model_spec(method))
+    except StaleResultError as error:
+        print(error, file=sys.stderr)
+        return 2
     commit = code_version()
     for item in missing:
         attack(*item, args.results_dir, args.model_dir, commit)

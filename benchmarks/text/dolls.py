@@ -1,10 +1,13 @@
 """The dolls: data, base model, judge, and the concepts to forget."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from vdu_peft.data import to_tensor
 from vdu_peft.judge import AttributeJudge
 from vdu_peft.text_denoiser import TextDenoiser
 from vdu_peft.text_evaluation import EvaluationPrompt, Target
@@ -75,6 +78,10 @@ class Dolls:
         denoiser.guidance_scale = GUIDANCE_SCALE
         denoiser.batch_size = 32
         return denoiser
+
+    def real_images(self, rows: Sequence[int]) -> torch.Tensor:
+        """As the judge looks at them, (N, 3, H, W) in [-1, 1]."""
+        return torch.stack([to_tensor(self.images[i], self.judge.image_size, 3) for i in rows])
 
     def evaluation_prompts(self, forgotten: Forgotten, num_target: int, num_others: int) -> list[EvaluationPrompt]:
         """Held-out captions: ``num_target`` that ask for each target, in turn, then others."""

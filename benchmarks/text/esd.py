@@ -2,7 +2,8 @@
 
 Gandikota et al. 2023, "Erasing Concepts from Diffusion Models", equation 7, on latents that the model itself draws of
 the prompt; ``ESD-x`` trains the cross-attention, ``ESD-u`` everything else. The anchor is the caption with other words
-in place of the concept's, where the paper has the empty prompt, so that it sees what ours sees.
+in place of the concept's, where the paper has the empty prompt, so that it sees what ours sees. The paper's models
+predict the noise; here the loss is on whatever the network predicts, which weighs its timesteps as the paper's are.
 """
 
 import copy
@@ -30,7 +31,7 @@ def esd(task: TextTask, parameters: str, learning_rate: float, steps: int, batch
             under_anchor = denoiser.noise_pred(x_t, timesteps, anchors[rows], model=teacher)
         noise_pred = denoiser.noise_pred(x_t, timesteps, labels[rows])
         target = under_anchor - guidance * (under_forget - under_anchor)
-        loss = (noise_pred - target).square().mean()
+        loss = denoiser.schedule.own_error(noise_pred - target, timesteps).square().mean()
         if not torch.isfinite(loss):
             return "not finite"
         loss.backward()
