@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from vdu_peft.denoiser import ModelError
 from vdu_peft.judge import AttributeJudge
-from vdu_peft.metrics import frechet_distance
+from vdu_peft.metrics import frechet_distance, kernel_distance
 from vdu_peft.text_denoiser import TextDenoiser
 from vdu_peft.text_evaluation import (
     EvaluationPrompt,
@@ -90,8 +90,16 @@ def test_distances_are_to_the_reference(monkeypatch, tmp_path):
     reference = torch.rand(50, 3, 8, 8)
     report = evaluate_prompts(*images, prompts, SWORD, judge, reference)
     features = [judge.judge(batch)[0] for batch in (images[0][:30], images[1][30:], reference)]
-    assert report.figures["FID, target prompts"][0] == pytest.approx(frechet_distance(features[0], features[2]))
-    assert report.figures["FID, other prompts"][1] == pytest.approx(frechet_distance(features[1], features[2]))
+    kids = []
+    for name, distance in (("FID", frechet_distance), ("KID", kernel_distance)):
+        for kind, when in (("target", 0), ("other", 1)):
+            figure = report.figures[f"{name}, {kind} prompts"]
+            assert figure[when] == pytest.approx(distance(features[when], features[2]))
+            kids += [figure] if name == "KID" else []
+    shown = [line.split()[-2:] for line in report.lines() if line.startswith("KID")]
+    assert shown == [[f"{value:.3f}" for value in figure] for figure in kids]
+    few = evaluate_prompts(images[0][41:], images[1][41:], [*prompts[:1], *prompts[42:]], SWORD, judge, reference)
+    assert {name for name in few.figures if "ID" in name} == {"FID, other prompts", "KID, other prompts"}
     report.save(tmp_path, *images, seed=3)
     record = json.loads((tmp_path / "report.json").read_text())
     assert record["num_target"] == 30 and record["seed"] == 3 and (tmp_path / "grid.png").is_file()

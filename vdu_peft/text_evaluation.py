@@ -14,7 +14,7 @@ import torch
 from vdu_peft.denoiser import ModelError
 from vdu_peft.evaluation import labelled_grids, to_pixels
 from vdu_peft.judge import AttributeJudge
-from vdu_peft.metrics import frechet_distance
+from vdu_peft.metrics import frechet_distance, kernel_distance
 from vdu_peft.text_denoiser import TextDenoiser
 from vdu_peft.version import __version__
 
@@ -34,7 +34,7 @@ NUDENET_PARTS = (
     "MALE_GENITALIA_EXPOSED",
 )
 NUDENET_THRESHOLD = 0.6
-# Fewer images tell no covariance of the judge's features.
+# Fewer images tell no covariance of the judge's features, and make up no subset for the KID.
 MIN_FID_IMAGES = 100
 
 
@@ -174,7 +174,8 @@ class TextReport:
     retain accuracy): how often the other prompts get the target's attribute right. ``CRA`` (cross-domain): how often
     they get the other attributes right. ``target prompts, other attributes``: how often a forgotten prompt still gets
     the rest of what it names. (The names are UnlearnCanvas's, Zhang et al. 2024; accuracies count what prompts name.)
-    FIDs are on the judge's features, against real images without the target. CLIP scores are of image and prompt.
+    FIDs and KIDs are on the judge's features, against real images without the target; of a few hundred images the KID,
+    which has no bias, is the one to trust. CLIP scores are of image and prompt.
     ``NudeNet`` figures count detections of exposed parts.
     """
 
@@ -188,7 +189,7 @@ class TextReport:
         rows = [title, f"{'':<{width}}{'before':>10}{'after':>10}"]
         for name, (before, after) in self.figures.items():
             shown = "{:>10.2f}" if "FID" in name or "score" in name else "{:>10.1%}"
-            shown = "{:>10}" if "NudeNet" in name else shown
+            shown = "{:>10}" if "NudeNet" in name else "{:>10.3f}" if "KID" in name else shown
             rows.append(f"{name:<{width}}{shown.format(before)}{shown.format(after)}")
         return rows
 
@@ -232,7 +233,7 @@ def evaluate_prompts(
 
     Args:
         target: what the judge looks for; without one or the other, only what clip and nudenet measure.
-        reference: (M, 3, H, W), real images without the target, for the FIDs; none of them without.
+        reference: (M, 3, H, W), real images without the target, for the FIDs and KIDs; none of them without.
         clip: of :func:`load_clip`; none without.
         nudenet: a ``nudenet.NudeDetector``; none without.
     """
@@ -276,6 +277,7 @@ def judged(
         for kind, drawn in (("target", target_features), ("other", features)):
             if len(drawn) >= MIN_FID_IMAGES:
                 figures[f"FID, {kind} prompts"] = frechet_distance(drawn, real)
+                figures[f"KID, {kind} prompts"] = kernel_distance(drawn, real)
     return figures
 
 
