@@ -85,9 +85,12 @@ def test_a_concept_of_a_text_to_image_model(tmp_path, pictures, pipeline_folder,
     assert main(command) == 2
     assert "forget_prompt: the model draws from prompts" in capsys.readouterr().err
     prompts = ["--forget_prompt=a sword", "--anchor_prompt=a hand"]
-    for clash in ("--forget_prompt=a hand", "--forget_prompt="):
+    for clash, message in (
+        ("--forget_prompt=a hand", "forget_prompt: must be a prompt other than the anchor_prompt"),
+        ("--forget_prompt=", "anchor_prompt: an empty forget_prompt is redirected to nothing"),
+    ):
         assert main([*command, *prompts, clash]) == 2
-        assert "other than the anchor_prompt" in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     # The dry run finds what the run would: eight replay images for thirty everyday prompts.
     assert main([*command, *prompts, "--dry_run"]) == 2
     assert "replay_size: 8 images cannot show all" in capsys.readouterr().err
@@ -98,6 +101,9 @@ def test_a_concept_of_a_text_to_image_model(tmp_path, pictures, pipeline_folder,
     assert "not a readable text file of prompts" in capsys.readouterr().err
     assert main([*command, *prompts, retain]) in (0, 1)
     assert "after 3 steps" in capsys.readouterr().out
+    assert main([*command, "--overwrite", "--forget_prompt=", retain]) in (0, 1)
+    assert "redirect" not in json.loads((out / "history.json").read_text())[0]
+    assert "| forgotten | '' |" in (out / "adapter" / "README.md").read_text()
     assert main([*command, "--overwrite", "--caption_column=text"]) == 2
     assert "no metadata.csv or metadata.jsonl there" in capsys.readouterr().err
     names = sorted(file.relative_to(pictures).as_posix() for file in pictures.rglob("*.png"))

@@ -182,6 +182,46 @@ def test_unlearning_by_prompt_trains_and_saves_attention_alone(tmp_path, images,
     )
 
 
+def test_without_a_prompt_the_unconditional_path_alone_forgets(tmp_path, images):
+    denoiser = TextDenoiser(tiny_text_pipeline(tmp_path), PROMPTS)
+    for name, parameter in denoiser.model.named_parameters():  # in a random network prompts hardly matter
+        if ".attn2." in name or name.startswith("conv_out"):
+            parameter.data.mul_(8)
+    config = replace(FAST, max_train_steps=60, forget_class=denoiser.null_label, learning_rate=2e-2)
+    result = unlearn(denoiser, images, replace(config, stability_weight=0.3, kl_weight=0), output_dir=tmp_path / "out")
+    assert not any("redirect" in record for record in result.history)
+    card = (tmp_path / "out" / "adapter" / "README.md").read_text()
+    assert "| forgotten | '' |" in card and "drawn instead" not in card
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(8, *denoiser.latent_shape, generator=generator)
+    timesteps = torch.linspace(200, 900, 8).long()
+    x_t = denoiser.add_noise(denoiser.encode(images), noise, timesteps)
+
+    def loss(label):
+        return (denoiser.noise_pred(x_t, timesteps, torch.full((8,), label)) - noise).square().mean().item()
+
+    with torch.no_grad():
+        after = [loss(label) for label in range(denoiser.num_classes)]
+        with result.model.disable_adapter():
+            before = [loss(label) for label in range(denoiser.num_classes)]
+    *prompts, null = (a / b for a, b in zip(after, before, strict=True))
+    assert null > 1.05 and all(abs(ratio - 1) < 0.3 * (null - 1) for ratio in prompts)
+
+
+def test_without_a_prompt_nothing_is_redirected_and_prompts_are_needed(tmp_path, images):
+    denoiser = TextDenoiser(tiny_text_pipeline(tmp_path), PROMPTS)
+    null, labels = denoiser.null_label, torch.tensor([denoiser.null_label] * 8)
+    with pytest.raises(ConfigError, match="anchor_class: the null class is forgotten"):
+        unlearn(denoiser, images, replace(FAST, forget_class=null, anchor_class=0))
+    with pytest.raises(ConfigError, match="anchor_labels: the null class is forgotten"):
+        unlearn(denoiser, images, FAST, forget_labels=labels, anchor_labels=torch.zeros(8, dtype=torch.int64))
+    with pytest.raises(ConfigError, match=f"forget_labels: {null} is the null class, others are not"):
+        unlearn(denoiser, images, FAST, forget_labels=torch.tensor([null] * 7 + [0]))
+    alone = TextDenoiser(denoiser.pipeline, [])
+    with pytest.raises(ConfigError, match="no other class or prompt to retain"):
+        unlearn(alone, images, replace(FAST, forget_class=alone.null_label))
+
+
 def test_from_pretrained_and_what_is_refused(tmp_path):
     pipeline = tiny_text_pipeline(tmp_path / "tokens")
     pipeline.save_pretrained(tmp_path / "sd")

@@ -34,8 +34,10 @@ def run_unlearn(args: argparse.Namespace) -> int:
     )
     if args.forget_prompt is not None and args.caption_column is not None:
         raise ConfigError("forget_prompt: caption_column gives each image its own; name one of them")
-    if args.forget_prompt is not None and args.forget_prompt in ("", args.anchor_prompt):
-        raise ConfigError("forget_prompt: must be a prompt other than the anchor_prompt and the empty one")
+    if args.forget_prompt == "" and args.anchor_prompt:
+        raise ConfigError("anchor_prompt: an empty forget_prompt is redirected to nothing; leave anchor_prompt out")
+    if args.forget_prompt and args.forget_prompt == args.anchor_prompt:
+        raise ConfigError("forget_prompt: must be a prompt other than the anchor_prompt")
     captions = source.captions() if args.caption_column is not None else []
     anchors = _anchor_captions(captions, args)
     prompts = [*captions, *anchors] if args.forget_prompt is None else [args.forget_prompt]
@@ -102,11 +104,11 @@ def _with_prompts(config: UnlearnConfig, denoiser: Denoiser, args: argparse.Name
         return config
     if not options:
         raise ConfigError(
-            "forget_prompt: the model draws from prompts; tell which one the forget images belong to, or give a "
-            "caption_column"
+            'forget_prompt: the model draws from prompts; tell which one the forget images belong to ("" for what is '
+            "drawn without one), or give a caption_column"
         )
     labels = {"null_class": ""}
-    if config.plasticity == "hinge" and not args.forget_concept:
+    if config.plasticity == "hinge" and not args.forget_concept and args.forget_prompt != "":
         labels["anchor_class"] = args.anchor_prompt
     if args.forget_prompt is not None:
         labels["forget_class"] = args.forget_prompt

@@ -40,7 +40,7 @@ class UnlearnResult:
         model: the PEFT model with the trained adapter; its base is the model passed in.
         denoiser: the denoiser around it.
         history: one record per optimizer step: loss, plasticity, stability, kl (nats), forget_ratio; redirect, too,
-            of a class-conditional model.
+            where the forgotten class is not the null class.
         status: ``forgotten``, ``partly forgotten``, ``nothing learned`` or ``collapsed``.
         num_replay: replay images kept by the filter.
         trained_parameters: adapter parameters that the optimizer saw.
@@ -307,7 +307,7 @@ def _save(
         facts = {"forget images": len(forget), "steps": len(history), "rank": rank, "seed": config.seed}
         if classes is not None:
             facts["forgotten"] = classes.named(classes.forget_labels, denoiser)
-            if config.plasticity == "hinge":
+            if config.plasticity == "hinge" and classes.anchors.numel():
                 facts["drawn instead"] = classes.named(classes.anchors, denoiser)
         if history:
             facts["outcome"] = run_status(history, config)
