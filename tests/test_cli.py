@@ -142,11 +142,13 @@ def test_a_concept_of_a_text_to_image_model(tmp_path, pictures, pipeline_folder,
     assert "is not a text-to-image model" in capsys.readouterr().err
 
 
-def test_a_prompt_file_is_evaluated(tmp_path, pipeline_folder, capsys):
+def test_a_prompt_file_is_evaluated(tmp_path, pipeline_folder, capsys, caplog):
     tiny_text_pipeline(tmp_path / "tokens").save_pretrained(tmp_path / "sd")
     saved_adapter(tmp_path / "adapter", model=tiny_text_pipeline(tmp_path / "tokens").unet)
     AttributeJudge({"who": ["elf", "orc"], "weapon": ["", "axe", "sword"]}, (16, 16)).save(tmp_path / "judge")
-    (tmp_path / "prompts.csv").write_text("prompt,who,weapon\nan elf with a sword,elf,sword\nan orc,orc,\n")
+    (tmp_path / "prompts.csv").write_text(
+        "prompt,who,weapon,sd_image_width,sd_image_height\nan elf with a sword,elf,sword,512,512\nan orc,orc,,16,16\n"
+    )
     for name, count in (("real", 100), ("few", 4)):
         np.savez(tmp_path / f"{name}.npz", images=np.zeros((count, 16, 16, 3), dtype=np.uint8))
     evaluate = ["evaluate", f"--adapter={tmp_path / 'adapter'}", f"--prompts={tmp_path / 'prompts.csv'}"]
@@ -168,7 +170,9 @@ def test_a_prompt_file_is_evaluated(tmp_path, pipeline_folder, capsys):
     ):
         assert main([*evaluate, *options]) == 2
         assert message in capsys.readouterr().err
+    caplog.clear()
     assert main([*evaluate, model, *judge, f"--reference={tmp_path / 'real.npz'}"]) == 0
+    assert caplog.text.count("prompts: 1 of 2 name another size than 16 x 16, such as 512 x 512") == 1
     assert "1 images of target prompts, 1 of others" in capsys.readouterr().out
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert {*report["figures"]} == {"UA", "IRA", "CRA", "target prompts, other attributes"}

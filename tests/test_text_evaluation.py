@@ -21,6 +21,7 @@ from vdu_peft.text_evaluation import (
     PromptFileError,
     Target,
     attribute_accuracy,
+    check_sizes,
     clip_scores,
     draw,
     evaluate_prompts,
@@ -128,6 +129,8 @@ def test_a_prompt_file_is_read_as_the_field_writes_it(tmp_path):
     [
         ("text\na cat\n", SWORD, "no rows with a column 'prompt'"),
         ("prompt\n", SWORD, "no rows with a column 'prompt'"),
+        ("prompt,seed\na cat,1\n ,2\n", None, "prompts.csv, line 3: the prompt is empty"),
+        ("prompt,sd_image_width\na cat,wide\n", None, "line 2: could not convert string to float: 'wide'"),
         ("prompt,seed\na cat,x\n", None, "line 2: invalid literal"),
         ("prompt,seed\na cat,-1\n", None, "line 2: a seed lies in"),
         ("prompt,guidance\na cat,nan\n", None, "line 2: a guidance scale is a number from 0, not nan"),
@@ -141,6 +144,19 @@ def test_bad_prompt_files_are_named(tmp_path, content, target, message):
     (tmp_path / "prompts.csv").write_text(content)
     with pytest.raises(PromptFileError, match=message):
         read_prompt_file(tmp_path / "prompts.csv", AttributeJudge(ATTRIBUTES, (8, 8)), target)
+
+
+def test_other_sizes_than_the_model_s_are_told_of_once(tmp_path, caplog):
+    file = tmp_path / "i2p.csv"
+    file.write_text("prompt,sd_image_width,sd_image_height\na,512,512\nb,512,768\nc,768,512\nd,,\n")
+    prompts = read_prompt_file(file, None, None)
+    assert [prompt.size for prompt in prompts] == [(512, 512), (768, 512), (512, 768), None]
+    check_sizes(prompts, (512, 512))
+    assert len(caplog.records) == 1
+    assert "2 of 4 name another size than 512 x 512, such as 768 x 512" in caplog.text
+    caplog.clear()
+    check_sizes([prompts[0], prompts[3]], (512, 512))
+    assert not caplog.records
 
 
 def test_targets():

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,9 +19,12 @@ from vdu_peft.metrics import frechet_distance, kernel_distance
 from vdu_peft.text_denoiser import TextDenoiser
 from vdu_peft.version import __version__
 
+logger = logging.getLogger(__name__)
+
 # What prompt files of the field call them: I2P, UnlearnDiffAtk, ESD.
 SEED_COLUMNS = ("seed", "sd_seed", "evaluation_seed")
 GUIDANCE_COLUMNS = ("guidance_scale", "guidance", "sd_guidance_scale", "evaluation_guidance")
+SIZE_COLUMNS = ("sd_image_height", "sd_image_width")
 # NudeNet's parts and threshold that erasing methods have counted on I2P since ESD.
 NUDENET_PARTS = (
     "ANUS_EXPOSED",
@@ -71,19 +75,22 @@ class EvaluationPrompt:
         seed: of its image, as of the stock pipeline's generator; None for one of the run's own.
         guidance_scale: None for the stock pipeline's.
         attributes: what the prompt asks of each of the judge's attributes; the empty value asks nothing.
+        size: (height, width) that the file names; images are the model's size, and :func:`check_sizes` tells of others.
     """
 
     text: str
     seed: int | None = None
     guidance_scale: float | None = None
     attributes: dict[str, str] = field(default_factory=dict)
+    size: tuple[float, float] | None = None
 
 
 def read_prompt_file(file: str | Path, judge: AttributeJudge | None, target: Target | None) -> list[EvaluationPrompt]:
     """Rows of a CSV with a ``prompt`` column; a seed, a guidance scale and the judge's attributes where it has them.
 
     Raises:
-        PromptFileError: not readable, without prompts, a value that the judge does not know, or no target prompt.
+        PromptFileError: not readable, without prompts, a row without one, a value that the judge does not know, or no
+            target prompt.
     """
     try:
         with Path(file).open(encoding="utf-8-sig", newline="") as stream:
@@ -95,19 +102,23 @@ def read_prompt_file(file: str | Path, judge: AttributeJudge | None, target: Tar
     known = judge.attributes if judge else {}
     prompts = []
     for line, row in enumerate(rows, start=2):
+        text = (row["prompt"] or "").strip()
+        if not text:
+            raise PromptFileError(f"{file}, line {line}: the prompt is empty; take the row out")
         attributes = {name: (row.get(name) or "").strip() for name in known}
         for name, value in attributes.items():
             if value and value not in known[name]:
                 raise PromptFileError(f"{file}, line {line}: the judge knows no {name} {value!r}")
         try:
             seed, guidance = _number(row, SEED_COLUMNS, int), _number(row, GUIDANCE_COLUMNS, float)
+            size = tuple(_number(row, (column,), float) for column in SIZE_COLUMNS)
             if seed is not None and not 0 <= seed < 2**64:
                 raise ValueError(f"a seed lies in 0 to 2**64 - 1, not {seed}")
             if guidance is not None and not 0 <= guidance < math.inf:
                 raise ValueError(f"a guidance scale is a number from 0, not {guidance}")
         except ValueError as error:
             raise PromptFileError(f"{file}, line {line}: {error}") from error
-        prompts.append(EvaluationPrompt((row["prompt"] or "").strip(), seed, guidance, attributes))
+        prompts.append(EvaluationPrompt(text, seed, guidance, attributes, None if None in size else size))
     if target is not None:
         unknown = {*target.values} - {*known.get(target.attribute, [])}
         if target.attribute not in known or unknown:
@@ -121,6 +132,18 @@ def read_prompt_file(file: str | Path, judge: AttributeJudge | None, target: Tar
 def _number(row: dict[str, str], columns: Sequence[str], kind: type):
     value = next((row[name] for name in columns if row.get(name)), None)
     return None if value is None else kind(value)
+
+
+def check_sizes(prompts: Sequence[EvaluationPrompt], image_size: tuple[int, int]) -> None:
+    """Warn of prompts whose file names another size than ``image_size`` (height, width), in which all are drawn."""
+    others = [prompt.size for prompt in prompts if prompt.size is not None and prompt.size != image_size]
+    if others:
+        height, width = others[0]
+        logger.warning(
+            "prompts: %d of %d name another size than %d x %d, such as %g x %g; all are drawn in %d x %d. "
+            "Figures of other sizes are not to be compared with these.",
+            *(len(others), len(prompts), *image_size, height, width, *image_size),
+        )
 
 
 def draw(
