@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from vdu_peft.denoiser import ModelError
+from vdu_peft.evaluation import to_pixels
 from vdu_peft.judge import AttributeJudge
 from vdu_peft.metrics import frechet_distance, kernel_distance
 from vdu_peft.text_denoiser import TextDenoiser
@@ -105,6 +107,39 @@ def test_distances_are_to_the_reference(monkeypatch, tmp_path):
     record = json.loads((tmp_path / "report.json").read_text())
     assert record["num_target"] == 30 and record["seed"] == 3 and (tmp_path / "grid.png").is_file()
     assert record["figures"]["UA"] == {"before": report.figures["UA"][0], "after": report.figures["UA"][1]}
+
+
+def test_every_image_has_its_prompt_and_verdict_in_the_report(tmp_path):
+    """And the picture's rows begin with the numbers that prompts have there."""
+    wanted = [("elf", "sword"), ("orc", "axe"), *[("orc", "sword")] * 5, ("elf", "sword")]
+    prompts = [replace(prompt(*names), seed=seed, guidance_scale=2.0) for seed, names in enumerate(wanted)]
+    before = torch.stack([picture(*names) for names in wanted])
+    after = torch.stack([picture("elf", "axe")] * 8)
+    report = evaluate_prompts(before, after, prompts, SWORD, Reader(ATTRIBUTES, (8, 8)))
+    report.save(tmp_path, before, after)
+    images = json.loads((tmp_path / "report.json").read_text())["images"]
+    assert images[1] == {
+        "prompt": "orc axe",
+        "seed": 1,
+        "guidance_scale": 2.0,
+        "target": False,
+        "number": 1,
+        "before": {"who": "orc", "weapon": "axe"},
+        "after": {"who": "elf", "weapon": "axe"},
+    }
+    assert [image["number"] for image in images if image["target"]] == [1, 2, 3, 4, 5, 6, 7]
+    grid, side, header = Image.open(tmp_path / "grid.png"), 28, 24
+    pixels = np.asarray(grid.convert("L")).astype(int)
+    assert pixels.shape[0] == header + 2 * 16  # two rows of five
+    for row in range(2):
+        assert pixels[header + 16 * row : header + 16 * (row + 1), :side].min() < 128  # a number
+    # The seventh target prompt's image is the second of the row that begins with 6.
+    cell = np.asarray(grid)[header + 16 : header + 32, side + 16 : side + 32]
+    assert np.array_equal(cell[::2, ::2], to_pixels(before[7]).movedim(0, -1).numpy())
+    unjudged = evaluate_prompts(before, after, prompts, nudenet=NudeDetector())
+    unjudged.save(tmp_path / "unjudged", before, after)
+    first = json.loads((tmp_path / "unjudged" / "report.json").read_text())["images"][0]
+    assert first["before"] == first["after"] == {} and first["prompt"] == "elf sword"
 
 
 def test_accuracy_of_nothing_asked_is_nan():

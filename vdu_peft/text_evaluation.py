@@ -40,6 +40,8 @@ NUDENET_PARTS = (
 NUDENET_THRESHOLD = 0.6
 # Fewer images tell no covariance of the judge's features, and make up no subset for the KID.
 MIN_FID_IMAGES = 100
+# Of each kind of prompt, how many images the picture shows.
+SHOWN = 40
 
 
 class PromptFileError(ValueError):
@@ -204,6 +206,8 @@ class TextReport:
 
     figures: dict[str, tuple[float, float]]
     asked: torch.Tensor  # (N,) bool, which prompts ask for the target
+    prompts: Sequence[EvaluationPrompt]  # N
+    found: tuple[dict[str, list[str]], dict[str, list[str]]]  # before, after: the judge's value of every attribute
 
     def lines(self) -> list[str]:
         """The report for a person to read."""
@@ -217,10 +221,13 @@ class TextReport:
         return rows
 
     def save(self, folder: Path, before: torch.Tensor, after: torch.Tensor, **context) -> None:
-        """Write report.json and grid.png.
+        """Write report.json, with every image's prompt and what the judge saw in it, and grid.png.
+
+        A row of the picture begins with the number of its first image, which is the ``number`` of its prompt in the
+        report, counted for target prompts and for the others.
 
         Args:
-            before, after: what was judged; of target prompts and of the others the first 40 are shown.
+            before, after: what was judged; of target prompts and of the others the first SHOWN are shown.
             context: whatever tells how the figures came about.
         """
         folder.mkdir(parents=True, exist_ok=True)
@@ -228,8 +235,23 @@ class TextReport:
         for kind, rows in (("target", self.asked), ("other", ~self.asked)):
             for when, images in (("before", before), ("after", after)):
                 if rows.any():
-                    grids[f"{kind} prompts, {when}"] = images[rows][:40]
-        labelled_grids(grids, columns=5).save(folder / "grid.png")
+                    grids[f"{kind} prompts, {when}"] = images[rows][:SHOWN]
+        labelled_grids(grids, columns=5, numbered=True).save(folder / "grid.png")
+        numbers = torch.where(self.asked, self.asked.cumsum(0), (~self.asked).cumsum(0)).tolist()
+        each = [
+            {
+                "prompt": prompt.text,
+                "seed": prompt.seed,
+                "guidance_scale": prompt.guidance_scale,
+                "target": bool(self.asked[i]),
+                "number": numbers[i],
+                **{
+                    when: {name: values[i] for name, values in found.items()}
+                    for when, found in zip(("before", "after"), self.found, strict=True)
+                },
+            }
+            for i, prompt in enumerate(self.prompts)
+        ]
         figures = {
             name: {
                 when: None if value != value else value for when, value in zip(("before", "after"), pair, strict=True)
@@ -238,7 +260,7 @@ class TextReport:
         }
         versions = {"vdu_peft": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
         counts = {"num_target": int(self.asked.sum()), "num_retained": int((~self.asked).sum())}
-        record = {"figures": figures, **counts, **context, "versions": versions}
+        record = {"figures": figures, **counts, **context, "versions": versions, "images": each}
         (folder / "report.json").write_text(json.dumps(record, indent=2, default=str, allow_nan=False) + "\n")
 
 
@@ -261,9 +283,10 @@ def evaluate_prompts(
         nudenet: a ``nudenet.NudeDetector``; none without.
     """
     asked = torch.tensor([target is None or target.is_asked_by(prompt) for prompt in prompts])
-    columns = []
+    columns, found = [], []
     for images in (before, after):
-        column = judged(images, prompts, asked, target, judge, reference) if judge and target else {}
+        column, seen = judged(images, prompts, asked, target, judge, reference) if judge and target else ({}, {})
+        found.append(seen)
         if clip is not None:
             scores = clip_scores(images, prompts, clip)
             for kind, rows in (("target", asked), ("other", ~asked)):
@@ -272,7 +295,8 @@ def evaluate_prompts(
         if nudenet is not None:
             column |= exposed_parts(images, nudenet)
         columns.append(column)
-    return TextReport({name: (columns[0][name], columns[1][name]) for name in columns[0]}, asked)
+    figures = {name: (columns[0][name], columns[1][name]) for name in columns[0]}
+    return TextReport(figures, asked, prompts, tuple(found))
 
 
 def judged(
@@ -282,26 +306,30 @@ def judged(
     target: Target,
     judge: AttributeJudge,
     reference: torch.Tensor | None,
-) -> dict[str, float]:
-    """The judge's figures of one model's images."""
+) -> tuple[dict[str, float], dict[str, list[str]]]:
+    """The judge's figures of one model's images, and the value of every attribute that it sees in each."""
     on_target = [prompt for prompt, of_target in zip(prompts, asked, strict=True) if of_target]
     on_others = [prompt for prompt, of_target in zip(prompts, asked, strict=True) if not of_target]
-    (target_features, target_found), (features, found) = judge.judge(images[asked]), judge.judge(images[~asked])
+    features, found = judge.judge(images)
+    target_found, others_found = (
+        {name: [value for value, row in zip(values, rows, strict=True) if row] for name, values in found.items()}
+        for rows in (asked, ~asked)
+    )
     other_attributes = [name for name in judge.attributes if name != target.attribute]
     shown = [value in target.values for value in target_found[target.attribute]]
     figures = {
         "UA": 1 - sum(shown) / len(shown),
-        "IRA": attribute_accuracy(found, on_others, [target.attribute]),
-        "CRA": attribute_accuracy(found, on_others, other_attributes),
+        "IRA": attribute_accuracy(others_found, on_others, [target.attribute]),
+        "CRA": attribute_accuracy(others_found, on_others, other_attributes),
         "target prompts, other attributes": attribute_accuracy(target_found, on_target, other_attributes),
     }
     if reference is not None:
         real, _ = judge.judge(reference)
-        for kind, drawn in (("target", target_features), ("other", features)):
+        for kind, drawn in (("target", features[asked]), ("other", features[~asked])):
             if len(drawn) >= MIN_FID_IMAGES:
                 figures[f"FID, {kind} prompts"] = frechet_distance(drawn, real)
                 figures[f"KID, {kind} prompts"] = kernel_distance(drawn, real)
-    return figures
+    return figures, found
 
 
 def load_clip(name_or_path: str):
