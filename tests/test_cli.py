@@ -249,6 +249,13 @@ if not torch.cuda.is_available():
     WOULD_NOT_START += [("--mixed_precision=fp16", "mixed_precision fp16: needs a GPU")]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has fp16")
+def test_fp16_on_a_cpu_is_refused_before_anything_is_loaded(tmp_path, capsys):
+    command = ["unlearn", "--model=nowhere", "--forget_data=nowhere", f"--output_dir={tmp_path / 'out'}"]
+    assert main([*command, "--mixed_precision=fp16"]) == 2
+    assert "mixed_precision fp16: needs a GPU; use bf16 or no" in capsys.readouterr().err
+
+
 FOUND_BY_A_DRY_RUN = [
     *WOULD_NOT_START,
     ("--target_modules=nothing_like_it", "target_modules"),

@@ -222,6 +222,16 @@ def test_without_a_prompt_nothing_is_redirected_and_prompts_are_needed(tmp_path,
         unlearn(alone, images, replace(FAST, forget_class=alone.null_label))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU learns on float16 weights")
+def test_float16_weights_are_refused_on_a_cpu_before_any_work(tmp_path, images):
+    denoiser = TextDenoiser(tiny_text_pipeline(tmp_path), PROMPTS)
+    denoiser.pipeline.to(torch.float16)
+    denoiser.encode = denoiser.sample = None  # what would come next
+    with pytest.raises(ConfigError, match="weights are float16, which needs a GPU; load it in bfloat16 or float32"):
+        unlearn(denoiser, images, replace(FAST, forget_class=0), output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_from_pretrained_and_what_is_refused(tmp_path):
     pipeline = tiny_text_pipeline(tmp_path / "tokens")
     pipeline.save_pretrained(tmp_path / "sd")
