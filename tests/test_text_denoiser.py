@@ -1,5 +1,6 @@
 """Text-to-image families against their own stock pipelines, and one unlearning run of each."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -17,12 +18,14 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 
-from vdu_peft import UnlearnConfig, unlearn
+from vdu_peft import UnlearnConfig, families, unlearn
 from vdu_peft.adapter import AdapterError, load_adapter
 from vdu_peft.classes import Classes
 from vdu_peft.config import ConfigError
 from vdu_peft.denoiser import Denoiser, ModelError
 from vdu_peft.export import merge
+from vdu_peft.hotswap import hotswap, prepare_hotswap
+from vdu_peft.model_folder import PIPELINES
 from vdu_peft.text_denoiser import TextDenoiser, neutral_prompts, open_denoiser, read_prompts
 
 FAMILIES = [
@@ -251,6 +254,38 @@ def test_from_pretrained_and_what_is_refused(tmp_path):
         file.unlink()
     with pytest.raises(ModelError, match="cannot be loaded"):
         TextDenoiser.from_pretrained(tmp_path / "sd", PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("made_for", "there", "message"),
+    [
+        ("sd", "flux", "made for a UNet2DConditionModel, this is a FluxTransformer2DModel"),
+        ("sd3", "sdxl", "made for a SD3Transformer2DModel, this is a UNet2DConditionModel"),
+        (None, "sd3", "made for a UNet2DModel, this is a SD3Transformer2DModel: target_modules"),
+    ],
+)
+def test_an_adapter_of_another_family_is_refused_by_its_name(tmp_path, made_for, there, message):
+    if made_for is None:
+        saved_adapter(tmp_path / "adapter", target_modules=["conv_in"])  # a name that the other has not at all
+    else:
+        network = TextDenoiser(tiny_text_pipeline(tmp_path / "tokens", made_for), []).model
+        saved_adapter(tmp_path / "adapter", model=network)
+    model = TextDenoiser(tiny_text_pipeline(tmp_path / "tokens", there), []).model
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(model, tmp_path / "adapter")
+    served = load_adapter(model, saved_adapter(tmp_path / "own", model=copy.deepcopy(model)))
+    with pytest.raises(AdapterError, match=message.removesuffix(": target_modules")):
+        load_adapter(served, tmp_path / "adapter", "second")
+    prepare_hotswap(served, max_rank=4)
+    with pytest.raises(AdapterError, match=message.removesuffix(": target_modules")):
+        hotswap(served, tmp_path / "adapter")
+
+
+def test_an_unknown_family_is_refused_by_its_name(tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "PixArtAlphaPipeline"}))
+    with pytest.raises(ModelError, match="a PixArtAlphaPipeline, which is not supported") as refusal:
+        open_denoiser(tmp_path)
+    assert all(name in str(refusal.value) for name in [*PIPELINES, *families.FAMILIES])
 
 
 def test_save_pretrained_writes_the_whole_pipeline(tmp_path):
