@@ -3,6 +3,7 @@
 import copy
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from conftest import saved_adapter, tiny_text_pipeline, tiny_unet
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -286,6 +288,31 @@ def test_an_unknown_family_is_refused_by_its_name(tmp_path):
     with pytest.raises(ModelError, match="a PixArtAlphaPipeline, which is not supported") as refusal:
         open_denoiser(tmp_path)
     assert all(name in str(refusal.value) for name in [*PIPELINES, *families.FAMILIES])
+
+
+@pytest.mark.parametrize("where", ["folder", "hub"])
+def test_a_pipeline_of_fp16_weights_alone_is_loaded(tmp_path, monkeypatch, where):
+    pipeline = tiny_text_pipeline(tmp_path / "tokens").to(torch.float16)
+    pipeline.save_pretrained(tmp_path / "sd", variant="fp16")
+    assert (tmp_path / "sd" / "unet" / "diffusion_pytorch_model.fp16.safetensors").is_file()
+    if where == "hub":  # whose answers these are; what to fetch is decided by diffusers
+        files = [file.relative_to(tmp_path / "sd").as_posix() for file in (tmp_path / "sd").rglob("*.*")]
+        listing = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in files])
+        hub = "diffusers.pipelines.pipeline_utils"
+        monkeypatch.setattr(f"{hub}._resolve_revision", lambda *_, revision, **__: revision)
+        monkeypatch.setattr(f"{hub}.model_info", lambda *_, **__: listing)
+        monkeypatch.setattr(f"{hub}.hf_hub_download", lambda _, name, **__: str(tmp_path / "sd" / name))
+        with pytest.raises(OSError, match="Could not find the necessary `safetensors` weights"):
+            DiffusionPipeline.download("owner/name", use_safetensors=True)
+    denoiser = TextDenoiser.from_pretrained(tmp_path / "sd" if where == "folder" else "owner/name", PROMPTS)
+    assert denoiser.dtype == torch.float32 and denoiser.stored_dtype == torch.float16
+    assert all(map(torch.equal, denoiser.model.parameters(), pipeline.unet.float().parameters()))
+    # Beside other weights a variant is left alone.
+    exact = tiny_text_pipeline(tmp_path / "tokens")
+    exact.save_pretrained(tmp_path / "sd")
+    denoiser = TextDenoiser.from_pretrained(tmp_path / "sd", PROMPTS)
+    assert denoiser.stored_dtype == torch.float32
+    assert all(map(torch.equal, denoiser.model.parameters(), exact.unet.parameters()))
 
 
 def test_save_pretrained_writes_the_whole_pipeline(tmp_path):
