@@ -85,9 +85,12 @@ def test_a_concept_of_a_text_to_image_model(tmp_path, pictures, pipeline_folder,
     assert main(command) == 2
     assert "forget_prompt: the model draws from prompts" in capsys.readouterr().err
     prompts = ["--forget_prompt=a sword", "--anchor_prompt=a hand"]
-    for clash in ("--forget_prompt=a hand", "--forget_prompt="):
+    for clash, message in (
+        ("--forget_prompt=a hand", "forget_prompt: must be a prompt other than the anchor_prompt"),
+        ("--forget_prompt=", "anchor_prompt: an empty forget_prompt is redirected to nothing"),
+    ):
         assert main([*command, *prompts, clash]) == 2
-        assert "other than the anchor_prompt" in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     # The dry run finds what the run would: eight replay images for thirty everyday prompts.
     assert main([*command, *prompts, "--dry_run"]) == 2
     assert "replay_size: 8 images cannot show all" in capsys.readouterr().err
@@ -98,6 +101,9 @@ def test_a_concept_of_a_text_to_image_model(tmp_path, pictures, pipeline_folder,
     assert "not a readable text file of prompts" in capsys.readouterr().err
     assert main([*command, *prompts, retain]) in (0, 1)
     assert "after 3 steps" in capsys.readouterr().out
+    assert main([*command, "--overwrite", "--forget_prompt=", retain]) in (0, 1)
+    assert "redirect" not in json.loads((out / "history.json").read_text())[0]
+    assert "| forgotten | '' |" in (out / "adapter" / "README.md").read_text()
     assert main([*command, "--overwrite", "--caption_column=text"]) == 2
     assert "no metadata.csv or metadata.jsonl there" in capsys.readouterr().err
     names = sorted(file.relative_to(pictures).as_posix() for file in pictures.rglob("*.png"))
@@ -136,11 +142,13 @@ def test_a_concept_of_a_text_to_image_model(tmp_path, pictures, pipeline_folder,
     assert "is not a text-to-image model" in capsys.readouterr().err
 
 
-def test_a_prompt_file_is_evaluated(tmp_path, pipeline_folder, capsys):
+def test_a_prompt_file_is_evaluated(tmp_path, pipeline_folder, capsys, caplog):
     tiny_text_pipeline(tmp_path / "tokens").save_pretrained(tmp_path / "sd")
     saved_adapter(tmp_path / "adapter", model=tiny_text_pipeline(tmp_path / "tokens").unet)
     AttributeJudge({"who": ["elf", "orc"], "weapon": ["", "axe", "sword"]}, (16, 16)).save(tmp_path / "judge")
-    (tmp_path / "prompts.csv").write_text("prompt,who,weapon\nan elf with a sword,elf,sword\nan orc,orc,\n")
+    (tmp_path / "prompts.csv").write_text(
+        "prompt,who,weapon,sd_image_width,sd_image_height\nan elf with a sword,elf,sword,512,512\nan orc,orc,,16,16\n"
+    )
     for name, count in (("real", 100), ("few", 4)):
         np.savez(tmp_path / f"{name}.npz", images=np.zeros((count, 16, 16, 3), dtype=np.uint8))
     evaluate = ["evaluate", f"--adapter={tmp_path / 'adapter'}", f"--prompts={tmp_path / 'prompts.csv'}"]
@@ -162,7 +170,9 @@ def test_a_prompt_file_is_evaluated(tmp_path, pipeline_folder, capsys):
     ):
         assert main([*evaluate, *options]) == 2
         assert message in capsys.readouterr().err
+    caplog.clear()
     assert main([*evaluate, model, *judge, f"--reference={tmp_path / 'real.npz'}"]) == 0
+    assert caplog.text.count("prompts: 1 of 2 name another size than 16 x 16, such as 512 x 512") == 1
     assert "1 images of target prompts, 1 of others" in capsys.readouterr().out
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert {*report["figures"]} == {"UA", "IRA", "CRA", "target prompts, other attributes"}
@@ -237,6 +247,13 @@ WOULD_NOT_START = [("--report_to=aim", "report_to aim: its package is not instal
 WOULD_NOT_START += [("--report_to=nothing", "report_to nothing: ")]
 if not torch.cuda.is_available():
     WOULD_NOT_START += [("--mixed_precision=fp16", "mixed_precision fp16: needs a GPU")]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has fp16")
+def test_fp16_on_a_cpu_is_refused_before_anything_is_loaded(tmp_path, capsys):
+    command = ["unlearn", "--model=nowhere", "--forget_data=nowhere", f"--output_dir={tmp_path / 'out'}"]
+    assert main([*command, "--mixed_precision=fp16"]) == 2
+    assert "mixed_precision fp16: needs a GPU; use bf16 or no" in capsys.readouterr().err
 
 
 FOUND_BY_A_DRY_RUN = [

@@ -126,6 +126,7 @@ def test_captions_come_in_the_order_of_their_images(tmp_path, kind):
         ("file_name,text\na.png,a dog\nb.png\n", "do not match; the other one is missing for b.png"),
         ("file_name,text\na.png,x\nb.png,x\nc.png,x\n", "do not match; the other one is missing for c.png"),
         ("file_name,caption\na.png,x\nb.png,x\n", "not rows of file_name and text"),
+        ("file_name,text\na.png,x\nb.png,x\nb.png,y\n", "metadata.csv: b.png has more than one row"),
     ],
 )
 def test_captions_that_do_not_match_are_named(tmp_path, content, message):

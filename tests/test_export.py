@@ -3,6 +3,7 @@
 import json
 import sys
 import warnings
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DModel,
 )
+from diffusers.utils import logging as diffusers_logging
 from onnxruntime import InferenceSession
 from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter
@@ -190,28 +192,61 @@ def draw(pipeline):
     return pipeline("a cat", generator=generator, **options).images
 
 
-@pytest.mark.parametrize("file_format", ["diffusers", "kohya"])
-def test_stock_pipelines_load_the_lora_file(text_pipeline, tmp_path, file_format, caplog):
-    base, adapter = text_pipeline
-    export_lora(adapter, tmp_path / "lora", file_format)
-    denoiser = TextDenoiser.from_pretrained(base, ["a cat"])
-    untouched = denoiser.sample(1, seed=3, num_inference_steps=4, class_labels=[0], guidance_scale=1)
-    load_adapter(denoiser.model, adapter)
-    ours = (denoiser.sample(1, seed=3, num_inference_steps=4, class_labels=[0], guidance_scale=1) + 1) / 2
-    assert (ours - (untouched + 1) / 2).abs().max() > 0.01
+@pytest.fixture
+def diffusers_log(caplog):
+    """The records of diffusers' loggers, which by themselves do not reach pytest's."""
+    diffusers_logging.enable_propagation()
+    yield caplog
+    diffusers_logging.disable_propagation()
 
-    pipeline = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
+
+def complaints(log) -> list[str]:
+    """diffusers notes of every LoRA of a network alone that it has nothing for the text encoders; that is none."""
+    messages = [record.getMessage() for record in log.records if record.name.startswith("diffusers")]
+    return [message for message in messages if "No LoRA keys associated to CLIPTextModel" not in message]
+
+
+@pytest.mark.parametrize(
+    ("family", "file_format"),
+    [*((family, "diffusers") for family in ("sd", "sdxl", "sd3", "flux")), ("sd", "kohya"), ("sdxl", "kohya")],
+)
+def test_stock_pipelines_load_the_lora_file(tmp_path, family, file_format, diffusers_log):
+    """Loaded, fused, swapped in place and unloaded by diffusers alone."""
+    options = {"seed": 3, "num_inference_steps": 4, "class_labels": [0], "guidance_scale": 1}
+    images = {}
+    for seed, name in enumerate(("first", "second")):
+        denoiser = TextDenoiser(tiny_text_pipeline(tmp_path / "tokens", family), ["a cat"])
+        images["none"] = (denoiser.sample(1, **options) + 1) / 2
+        saved_adapter(tmp_path / name, seed, denoiser.model, r=2, lora_alpha=60)
+        images[name] = (denoiser.sample(1, **options) + 1) / 2
+        export_lora(tmp_path / name, tmp_path / f"{name}-lora", file_format)
+    assert min((images[a] - images[b]).abs().max() for a, b in combinations(images, 2)) > 0.01
+
+    pipeline = tiny_text_pipeline(tmp_path / "tokens", family)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pipeline.load_lora_weights(tmp_path / "lora")
-    # diffusers notes of every LoRA of a UNet alone that it has nothing for the text encoder.
-    assert not [r for r in caplog.records if "No LoRA keys associated to CLIPTextModel" not in r.message]
-    torch.testing.assert_close(draw(pipeline), ours, atol=1e-4, rtol=0)
+        pipeline.load_lora_weights(tmp_path / "first-lora", adapter_name="ours")
+    torch.testing.assert_close(draw(pipeline), images["first"], atol=1e-4, rtol=0)
     pipeline.fuse_lora()
-    torch.testing.assert_close(draw(pipeline), ours, atol=1e-3, rtol=0)  # W + BA added once
+    torch.testing.assert_close(draw(pipeline), images["first"], atol=1e-3, rtol=0)  # W + BA added once
     pipeline.unfuse_lora()
+    pipeline.load_lora_weights(tmp_path / "second-lora", adapter_name="ours", hotswap=True)
+    torch.testing.assert_close(draw(pipeline), images["second"], atol=1e-3, rtol=0)
     pipeline.unload_lora_weights()
-    torch.testing.assert_close(draw(pipeline), (untouched + 1) / 2, atol=1e-4, rtol=0)
+    torch.testing.assert_close(draw(pipeline), images["none"], atol=1e-3, rtol=0)
+    assert not complaints(diffusers_log)
+
+
+def test_a_lora_file_with_a_wrong_key_would_be_complained_of(text_pipeline, tmp_path, diffusers_log):
+    """What the test above relies on."""
+    export_lora(text_pipeline[1], tmp_path / "lora", "diffusers")
+    file = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
+    tensors = load_file(file)
+    tensors["unet.nowhere.to_q.lora_A.weight"] = next(iter(tensors.values())).clone()
+    save_file(tensors, file, metadata={"format": "pt"})
+    StableDiffusionPipeline.from_pretrained(text_pipeline[0], safety_checker=None).load_lora_weights(tmp_path / "lora")
+    (message,) = complaints(diffusers_log)
+    assert "unexpected keys" in message and "nowhere" in message
 
 
 def test_a_kohya_file_says_what_it_is(text_pipeline, tmp_path):
@@ -263,7 +298,7 @@ def test_a_text_pipeline_is_merged_whole(text_pipeline, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["sd3", "flux"])
-def test_transformers_are_exported_and_merged_too(tmp_path, family):
+def test_transformers_are_merged_too_and_have_no_kohya_file(tmp_path, family):
     tiny_text_pipeline(tmp_path / "tokens", family).save_pretrained(tmp_path / "base")
     denoiser = TextDenoiser.from_pretrained(tmp_path / "base", ["a cat"], resolution=16)
     options = {"seed": 3, "num_inference_steps": 4, "class_labels": [0], "guidance_scale": 1}
@@ -271,12 +306,6 @@ def test_transformers_are_exported_and_merged_too(tmp_path, family):
     saved_adapter(tmp_path / "adapter", model=denoiser.model, r=2, lora_alpha=60)
     ours = (denoiser.sample(1, **options) + 1) / 2
     assert (ours - (untouched + 1) / 2).abs().max() > 0.01
-    export_lora(tmp_path / "adapter", tmp_path / "lora", "diffusers")
-    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "base")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        pipeline.load_lora_weights(tmp_path / "lora")
-    torch.testing.assert_close(draw(pipeline), ours, atol=1e-4, rtol=0)
     with pytest.raises(ConfigError, match="whose layers have other names there; use format diffusers"):
         export_lora(tmp_path / "adapter", tmp_path / "kohya", "kohya")
     merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")

@@ -1,7 +1,9 @@
 """Text-to-image families against their own stock pipelines, and one unlearning run of each."""
 
+import copy
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from conftest import saved_adapter, tiny_text_pipeline, tiny_unet
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -17,12 +20,14 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 
-from vdu_peft import UnlearnConfig, unlearn
+from vdu_peft import UnlearnConfig, families, unlearn
 from vdu_peft.adapter import AdapterError, load_adapter
 from vdu_peft.classes import Classes
 from vdu_peft.config import ConfigError
 from vdu_peft.denoiser import Denoiser, ModelError
 from vdu_peft.export import merge
+from vdu_peft.hotswap import hotswap, prepare_hotswap
+from vdu_peft.model_folder import PIPELINES
 from vdu_peft.text_denoiser import TextDenoiser, neutral_prompts, open_denoiser, read_prompts
 
 FAMILIES = [
@@ -182,6 +187,56 @@ def test_unlearning_by_prompt_trains_and_saves_attention_alone(tmp_path, images,
     )
 
 
+def test_without_a_prompt_the_unconditional_path_alone_forgets(tmp_path, images):
+    denoiser = TextDenoiser(tiny_text_pipeline(tmp_path), PROMPTS)
+    for name, parameter in denoiser.model.named_parameters():  # in a random network prompts hardly matter
+        if ".attn2." in name or name.startswith("conv_out"):
+            parameter.data.mul_(8)
+    config = replace(FAST, max_train_steps=60, forget_class=denoiser.null_label, learning_rate=2e-2)
+    result = unlearn(denoiser, images, replace(config, stability_weight=0.3, kl_weight=0), output_dir=tmp_path / "out")
+    assert not any("redirect" in record for record in result.history)
+    card = (tmp_path / "out" / "adapter" / "README.md").read_text()
+    assert "| forgotten | '' |" in card and "drawn instead" not in card
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(8, *denoiser.latent_shape, generator=generator)
+    timesteps = torch.linspace(200, 900, 8).long()
+    x_t = denoiser.add_noise(denoiser.encode(images), noise, timesteps)
+
+    def loss(label):
+        return (denoiser.noise_pred(x_t, timesteps, torch.full((8,), label)) - noise).square().mean().item()
+
+    with torch.no_grad():
+        after = [loss(label) for label in range(denoiser.num_classes)]
+        with result.model.disable_adapter():
+            before = [loss(label) for label in range(denoiser.num_classes)]
+    *prompts, null = (a / b for a, b in zip(after, before, strict=True))
+    assert null > 1.05 and all(abs(ratio - 1) < 0.3 * (null - 1) for ratio in prompts)
+
+
+def test_without_a_prompt_nothing_is_redirected_and_prompts_are_needed(tmp_path, images):
+    denoiser = TextDenoiser(tiny_text_pipeline(tmp_path), PROMPTS)
+    null, labels = denoiser.null_label, torch.tensor([denoiser.null_label] * 8)
+    with pytest.raises(ConfigError, match="anchor_class: the null class is forgotten"):
+        unlearn(denoiser, images, replace(FAST, forget_class=null, anchor_class=0))
+    with pytest.raises(ConfigError, match="anchor_labels: the null class is forgotten"):
+        unlearn(denoiser, images, FAST, forget_labels=labels, anchor_labels=torch.zeros(8, dtype=torch.int64))
+    with pytest.raises(ConfigError, match=f"forget_labels: {null} is the null class, others are not"):
+        unlearn(denoiser, images, FAST, forget_labels=torch.tensor([null] * 7 + [0]))
+    alone = TextDenoiser(denoiser.pipeline, [])
+    with pytest.raises(ConfigError, match="no other class or prompt to retain"):
+        unlearn(alone, images, replace(FAST, forget_class=alone.null_label))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU learns on float16 weights")
+def test_float16_weights_are_refused_on_a_cpu_before_any_work(tmp_path, images):
+    denoiser = TextDenoiser(tiny_text_pipeline(tmp_path), PROMPTS)
+    denoiser.pipeline.to(torch.float16)
+    denoiser.encode = denoiser.sample = None  # what would come next
+    with pytest.raises(ConfigError, match="weights are float16, which needs a GPU; load it in bfloat16 or float32"):
+        unlearn(denoiser, images, replace(FAST, forget_class=0), output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_from_pretrained_and_what_is_refused(tmp_path):
     pipeline = tiny_text_pipeline(tmp_path / "tokens")
     pipeline.save_pretrained(tmp_path / "sd")
@@ -201,6 +256,63 @@ def test_from_pretrained_and_what_is_refused(tmp_path):
         file.unlink()
     with pytest.raises(ModelError, match="cannot be loaded"):
         TextDenoiser.from_pretrained(tmp_path / "sd", PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("made_for", "there", "message"),
+    [
+        ("sd", "flux", "made for a UNet2DConditionModel, this is a FluxTransformer2DModel"),
+        ("sd3", "sdxl", "made for a SD3Transformer2DModel, this is a UNet2DConditionModel"),
+        (None, "sd3", "made for a UNet2DModel, this is a SD3Transformer2DModel: target_modules"),
+    ],
+)
+def test_an_adapter_of_another_family_is_refused_by_its_name(tmp_path, made_for, there, message):
+    if made_for is None:
+        saved_adapter(tmp_path / "adapter", target_modules=["conv_in"])  # a name that the other has not at all
+    else:
+        network = TextDenoiser(tiny_text_pipeline(tmp_path / "tokens", made_for), []).model
+        saved_adapter(tmp_path / "adapter", model=network)
+    model = TextDenoiser(tiny_text_pipeline(tmp_path / "tokens", there), []).model
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(model, tmp_path / "adapter")
+    served = load_adapter(model, saved_adapter(tmp_path / "own", model=copy.deepcopy(model)))
+    with pytest.raises(AdapterError, match=message.removesuffix(": target_modules")):
+        load_adapter(served, tmp_path / "adapter", "second")
+    prepare_hotswap(served, max_rank=4)
+    with pytest.raises(AdapterError, match=message.removesuffix(": target_modules")):
+        hotswap(served, tmp_path / "adapter")
+
+
+def test_an_unknown_family_is_refused_by_its_name(tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "PixArtAlphaPipeline"}))
+    with pytest.raises(ModelError, match="a PixArtAlphaPipeline, which is not supported") as refusal:
+        open_denoiser(tmp_path)
+    assert all(name in str(refusal.value) for name in [*PIPELINES, *families.FAMILIES])
+
+
+@pytest.mark.parametrize("where", ["folder", "hub"])
+def test_a_pipeline_of_fp16_weights_alone_is_loaded(tmp_path, monkeypatch, where):
+    pipeline = tiny_text_pipeline(tmp_path / "tokens").to(torch.float16)
+    pipeline.save_pretrained(tmp_path / "sd", variant="fp16")
+    assert (tmp_path / "sd" / "unet" / "diffusion_pytorch_model.fp16.safetensors").is_file()
+    if where == "hub":  # whose answers these are; what to fetch is decided by diffusers
+        files = [file.relative_to(tmp_path / "sd").as_posix() for file in (tmp_path / "sd").rglob("*.*")]
+        listing = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in files])
+        hub = "diffusers.pipelines.pipeline_utils"
+        monkeypatch.setattr(f"{hub}._resolve_revision", lambda *_, revision, **__: revision)
+        monkeypatch.setattr(f"{hub}.model_info", lambda *_, **__: listing)
+        monkeypatch.setattr(f"{hub}.hf_hub_download", lambda _, name, **__: str(tmp_path / "sd" / name))
+        with pytest.raises(OSError, match="Could not find the necessary `safetensors` weights"):
+            DiffusionPipeline.download("owner/name", use_safetensors=True)
+    denoiser = TextDenoiser.from_pretrained(tmp_path / "sd" if where == "folder" else "owner/name", PROMPTS)
+    assert denoiser.dtype == torch.float32 and denoiser.stored_dtype == torch.float16
+    assert all(map(torch.equal, denoiser.model.parameters(), pipeline.unet.float().parameters()))
+    # Beside other weights a variant is left alone.
+    exact = tiny_text_pipeline(tmp_path / "tokens")
+    exact.save_pretrained(tmp_path / "sd")
+    denoiser = TextDenoiser.from_pretrained(tmp_path / "sd", PROMPTS)
+    assert denoiser.stored_dtype == torch.float32
+    assert all(map(torch.equal, denoiser.model.parameters(), exact.unet.parameters()))
 
 
 def test_save_pretrained_writes_the_whole_pipeline(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -13,14 +14,16 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from vdu_peft.denoiser import ModelError
+from vdu_peft.evaluation import to_pixels
 from vdu_peft.judge import AttributeJudge
-from vdu_peft.metrics import frechet_distance
+from vdu_peft.metrics import frechet_distance, kernel_distance
 from vdu_peft.text_denoiser import TextDenoiser
 from vdu_peft.text_evaluation import (
     EvaluationPrompt,
     PromptFileError,
     Target,
     attribute_accuracy,
+    check_sizes,
     clip_scores,
     draw,
     evaluate_prompts,
@@ -90,12 +93,53 @@ def test_distances_are_to_the_reference(monkeypatch, tmp_path):
     reference = torch.rand(50, 3, 8, 8)
     report = evaluate_prompts(*images, prompts, SWORD, judge, reference)
     features = [judge.judge(batch)[0] for batch in (images[0][:30], images[1][30:], reference)]
-    assert report.figures["FID, target prompts"][0] == pytest.approx(frechet_distance(features[0], features[2]))
-    assert report.figures["FID, other prompts"][1] == pytest.approx(frechet_distance(features[1], features[2]))
+    kids = []
+    for name, distance in (("FID", frechet_distance), ("KID", kernel_distance)):
+        for kind, when in (("target", 0), ("other", 1)):
+            figure = report.figures[f"{name}, {kind} prompts"]
+            assert figure[when] == pytest.approx(distance(features[when], features[2]))
+            kids += [figure] if name == "KID" else []
+    shown = [line.split()[-2:] for line in report.lines() if line.startswith("KID")]
+    assert shown == [[f"{value:.3f}" for value in figure] for figure in kids]
+    few = evaluate_prompts(images[0][41:], images[1][41:], [*prompts[:1], *prompts[42:]], SWORD, judge, reference)
+    assert {name for name in few.figures if "ID" in name} == {"FID, other prompts", "KID, other prompts"}
     report.save(tmp_path, *images, seed=3)
     record = json.loads((tmp_path / "report.json").read_text())
     assert record["num_target"] == 30 and record["seed"] == 3 and (tmp_path / "grid.png").is_file()
     assert record["figures"]["UA"] == {"before": report.figures["UA"][0], "after": report.figures["UA"][1]}
+
+
+def test_every_image_has_its_prompt_and_verdict_in_the_report(tmp_path):
+    """And the picture's rows begin with the numbers that prompts have there."""
+    wanted = [("elf", "sword"), ("orc", "axe"), *[("orc", "sword")] * 5, ("elf", "sword")]
+    prompts = [replace(prompt(*names), seed=seed, guidance_scale=2.0) for seed, names in enumerate(wanted)]
+    before = torch.stack([picture(*names) for names in wanted])
+    after = torch.stack([picture("elf", "axe")] * 8)
+    report = evaluate_prompts(before, after, prompts, SWORD, Reader(ATTRIBUTES, (8, 8)))
+    report.save(tmp_path, before, after)
+    images = json.loads((tmp_path / "report.json").read_text())["images"]
+    assert images[1] == {
+        "prompt": "orc axe",
+        "seed": 1,
+        "guidance_scale": 2.0,
+        "target": False,
+        "number": 1,
+        "before": {"who": "orc", "weapon": "axe"},
+        "after": {"who": "elf", "weapon": "axe"},
+    }
+    assert [image["number"] for image in images if image["target"]] == [1, 2, 3, 4, 5, 6, 7]
+    grid, side, header = Image.open(tmp_path / "grid.png"), 28, 24
+    pixels = np.asarray(grid.convert("L")).astype(int)
+    assert pixels.shape[0] == header + 2 * 16  # two rows of five
+    for row in range(2):
+        assert pixels[header + 16 * row : header + 16 * (row + 1), :side].min() < 128  # a number
+    # The seventh target prompt's image is the second of the row that begins with 6.
+    cell = np.asarray(grid)[header + 16 : header + 32, side + 16 : side + 32]
+    assert np.array_equal(cell[::2, ::2], to_pixels(before[7]).movedim(0, -1).numpy())
+    unjudged = evaluate_prompts(before, after, prompts, nudenet=NudeDetector())
+    unjudged.save(tmp_path / "unjudged", before, after)
+    first = json.loads((tmp_path / "unjudged" / "report.json").read_text())["images"][0]
+    assert first["before"] == first["after"] == {} and first["prompt"] == "elf sword"
 
 
 def test_accuracy_of_nothing_asked_is_nan():
@@ -120,6 +164,8 @@ def test_a_prompt_file_is_read_as_the_field_writes_it(tmp_path):
     [
         ("text\na cat\n", SWORD, "no rows with a column 'prompt'"),
         ("prompt\n", SWORD, "no rows with a column 'prompt'"),
+        ("prompt,seed\na cat,1\n ,2\n", None, "prompts.csv, line 3: the prompt is empty"),
+        ("prompt,sd_image_width\na cat,wide\n", None, "line 2: could not convert string to float: 'wide'"),
         ("prompt,seed\na cat,x\n", None, "line 2: invalid literal"),
         ("prompt,seed\na cat,-1\n", None, "line 2: a seed lies in"),
         ("prompt,guidance\na cat,nan\n", None, "line 2: a guidance scale is a number from 0, not nan"),
@@ -133,6 +179,19 @@ def test_bad_prompt_files_are_named(tmp_path, content, target, message):
     (tmp_path / "prompts.csv").write_text(content)
     with pytest.raises(PromptFileError, match=message):
         read_prompt_file(tmp_path / "prompts.csv", AttributeJudge(ATTRIBUTES, (8, 8)), target)
+
+
+def test_other_sizes_than_the_model_s_are_told_of_once(tmp_path, caplog):
+    file = tmp_path / "i2p.csv"
+    file.write_text("prompt,sd_image_width,sd_image_height\na,512,512\nb,512,768\nc,768,512\nd,,\n")
+    prompts = read_prompt_file(file, None, None)
+    assert [prompt.size for prompt in prompts] == [(512, 512), (768, 512), (512, 768), None]
+    check_sizes(prompts, (512, 512))
+    assert len(caplog.records) == 1
+    assert "2 of 4 name another size than 512 x 512, such as 768 x 512" in caplog.text
+    caplog.clear()
+    check_sizes([prompts[0], prompts[3]], (512, 512))
+    assert not caplog.records
 
 
 def test_targets():

@@ -361,7 +361,7 @@ def test_one_label_for_all_is_the_forget_class(forget):
         (1, [1] * 8, "tell under which"),
         (None, [1] * 7, r"\[7\] labels for 8 images"),
         (None, [4] * 8, "must lie in 0 to 3"),
-        (None, [3] * 8, "null_class: 3 is the label of a forget image"),
+        (None, [3] * 7 + [1], "forget_labels: 3 is the null class, others are not"),
         (None, [0, 1, 2, 0, 1, 2, 0, 1], "no other class to draw instead"),
     ],
 )
@@ -396,6 +396,24 @@ def test_a_class_conditional_model_forgets_both_paths(forget):
             with result.model.disable_adapter():
                 before = (denoiser.noise_pred(x_t, timesteps, labels) - noise).square().mean()
         assert after > 1.2 * before
+
+
+def test_the_null_class_is_forgotten_without_a_redirection(forget):
+    denoiser, seen = conditional_denoiser(), []
+    predict = denoiser.noise_pred
+
+    def noise_pred(x_t, timesteps, labels=None, **options):
+        if len(x_t) == 8 and "model" in options:
+            seen.append(labels)
+        return predict(x_t, timesteps, labels, **options)
+
+    denoiser.noise_pred = noise_pred
+    config = replace(CONDITIONAL, forget_class=3, max_train_steps=8, train_batch_size=4)
+    replay = {"replay": torch.zeros(4, 1, 8, 8), "replay_labels": torch.tensor([0, 1, 2, 2])}
+    history = unlearn(denoiser, forget, config, **replay).history
+    assert not any("redirect" in record for record in history)
+    labels = torch.stack(seen)
+    assert {*labels[:, :4].flatten().tolist()} == {3} and {*labels[:, 4:].flatten().tolist()} == {0, 1, 2, 3}
 
 
 def test_the_redirection_falls_where_classes_differ(forget):

@@ -189,7 +189,12 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "defa
     if not isinstance(model, PeftModel):
         refuse_adapted(model)
         with _undone_on_error(model):
-            peft_model = attach(model, config, adapter_name)
+            try:
+                peft_model = attach(model, config, adapter_name)
+            except ConfigError as error:
+                if other := another_class(model, config):
+                    raise AdapterError(f"{folder}: {other}: {error}") from error
+                raise
             _check_fit(peft_model, tensors, adapter_name, folder)
     else:
         peft_model = model
@@ -204,7 +209,8 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "defa
             _take_off(peft_model, adapter_name)
             make_trainable_as_before()
             if isinstance(error, ValueError) and not isinstance(error, AdapterError):
-                raise AdapterError(f"{folder}: made for another model: {error}") from error
+                other = another_class(peft_model.get_base_model(), config) or "made for another model"
+                raise AdapterError(f"{folder}: {other}: {error}") from error
             raise
     set_peft_model_state_dict(peft_model, tensors, adapter_name=adapter_name)
     return peft_model
@@ -220,15 +226,22 @@ def _take_off(peft_model: PeftModel, adapter_name: str) -> None:
                 peft_model.set_submodule(name, module.get_base_layer())
 
 
+def another_class(base: nn.Module, config: VDUConfig) -> str:
+    """Says that an adapter was made for a model of another class, as of another family; empty if it was not."""
+    made_for, there = (config.auto_mapping or {}).get("base_model_class"), type(base).__name__
+    return "" if made_for in (None, there) else f"made for a {made_for}, this is a {there}"
+
+
 def _check_fit(peft_model: PeftModel, tensors: dict[str, torch.Tensor], adapter_name: str, folder) -> None:
+    config = peft_model.peft_config[adapter_name]
+    other = another_class(peft_model.get_base_model(), config) or "made for another model"
     expected = get_peft_model_state_dict(peft_model, adapter_name=adapter_name)
     for name in sorted(expected.keys() | tensors.keys()):
         there, wanted = tensors.get(name), expected.get(name)
         if there is None or wanted is None or there.shape != wanted.shape:
             found = "is missing" if there is None else f"has shape {list(there.shape)}"
             need = "does not exist" if wanted is None else f"needs {list(wanted.shape)}"
-            raise AdapterError(f"{folder}: made for another model: {name} {found}, the model's {need}")
-    config = peft_model.peft_config[adapter_name]
+            raise AdapterError(f"{folder}: {other}: {name} {found}, the model's {need}")
     check_base(variational_layers(peft_model.get_base_model(), adapter_name), adapter_name, config, folder)
 
 

@@ -21,7 +21,7 @@ class Batch(NamedTuple):
     noise: torch.Tensor  # (2b, C, H, W)
     timesteps: torch.Tensor  # (2b,)
     labels: torch.Tensor | None = None  # (2b,) what each image is shown under
-    anchors: torch.Tensor | None = None  # (b,) what the forget images are redirected to
+    anchors: torch.Tensor | None = None  # (b,) what the forget images are redirected to, None for nothing
 
 
 def draw_batch(
@@ -51,10 +51,11 @@ def draw_batch(
     drawn = [images, noise, timesteps]
     if classes is not None:
         labels = torch.stack([classes.forget_labels[forget_indices], replay_labels[replay_indices]])
-        if config.null_class is not None:
-            labels = torch.where(torch.rand(2, total) < NULL_SHARE, config.null_class, labels)
-        choice = torch.randint(classes.anchors.shape[1], (1, total))
-        drawn += [labels, classes.anchors[forget_indices, choice]]
+        if classes.null is not None:
+            labels = torch.where(torch.rand(2, total) < NULL_SHARE, classes.null, labels)
+        drawn.append(labels)
+        if choices := classes.anchors.shape[1]:
+            drawn.append(classes.anchors[forget_indices, torch.randint(choices, (1, total))])
     share = slice(accelerator.process_index * batch_size, (accelerator.process_index + 1) * batch_size)
     return Batch(*(t[:, share].flatten(0, 1).to(accelerator.device) for t in drawn))
 

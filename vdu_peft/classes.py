@@ -17,6 +17,7 @@ class Classes(NamedTuple):
     forget_labels: torch.Tensor  # (N,) int64, the label under which the model knows each forget image
     retained: list[int]  # all other labels, the null class too
     anchors: torch.Tensor  # (N, K) int64, those that each forget image is redirected to, one at random each time
+    null: int | None  # stands for no condition; where it is what is forgotten, K is 0: nothing is redirected
 
     @staticmethod
     def named(labels: torch.Tensor, denoiser: Denoiser) -> str:
@@ -35,6 +36,9 @@ def run_classes(
     draws_replay: bool = True,
 ) -> Classes | None:
     """The classes of a run on ``num_images`` forget images; None for an unconditional model.
+
+    Where the forget labels are the null class, the unconditional likelihood is what falls: there is no condition to
+    redirect, and the other labels are held in place by replay.
 
     Args:
         forget_labels: (N,) int64; ``config.forget_class`` for all when None.
@@ -65,9 +69,15 @@ def run_classes(
         forget_labels = torch.full((num_images,), config.forget_class)
     check_labels(forget_labels, num_images, denoiser.num_classes, "forget")
     forgotten = {*forget_labels.tolist()}
-    for name in ("anchor_class", "null_class"):
-        if given.get(name) in forgotten:
-            raise ConfigError(f"{name}: {given[name]} is the label of a forget image; name another one")
+    null = denoiser.null_label if config.null_class is None else config.null_class
+    if null in forgotten:
+        if len(forgotten) > 1:
+            raise ConfigError(f"forget_labels: {null} is the null class, others are not; forget one after the other")
+        for name, value in (("anchor_class", config.anchor_class), ("anchor_labels", anchor_labels)):
+            if value is not None:
+                raise ConfigError(f"{name}: the null class is forgotten, which is redirected to nothing; leave it out")
+    if given.get("anchor_class") in forgotten:
+        raise ConfigError(f"anchor_class: {config.anchor_class} is the label of a forget image; name another one")
     if anchor_labels is not None:
         if config.plasticity == "elbo":
             raise ConfigError("anchor_labels: plasticity elbo redirects to nothing; use hinge, or leave them out")
@@ -77,17 +87,21 @@ def run_classes(
         if both := forgotten & {*anchor_labels.tolist()}:
             raise ConfigError(f"anchor_labels: {min(both)} is the label of a forget image; name another one")
     retained = [label for label in range(denoiser.num_classes) if label not in forgotten]
+    if draws_replay and not retained:
+        raise ConfigError("forget_class: there is no other class or prompt to retain; add one, or pass replay")
     if draws_replay and len(retained) > config.replay_size:
         raise ConfigError(f"replay_size: {config.replay_size} images cannot show all {len(retained)} classes to retain")
+    if null in forgotten:
+        return Classes(forget_labels, retained, forget_labels.new_empty(num_images, 0), null)
     others = [label for label in retained if label != config.null_class]
     if anchor_labels is not None:
-        return Classes(forget_labels, retained, anchor_labels[:, None])
+        return Classes(forget_labels, retained, anchor_labels[:, None], config.null_class)
     if "anchor_class" not in given and not others:
         raise ConfigError(
             "anchor_class: the model has no other class to draw instead; pass its null_class as anchor_class"
         )
     anchors = [given["anchor_class"]] if "anchor_class" in given else others
-    return Classes(forget_labels, retained, torch.tensor(anchors).expand(num_images, -1))
+    return Classes(forget_labels, retained, torch.tensor(anchors).expand(num_images, -1), config.null_class)
 
 
 def check_labels(labels: torch.Tensor, num_images: int, num_classes: int, kind: str) -> None:

@@ -15,7 +15,15 @@ from vdu_peft.evaluation import check_evaluation, evaluate, held_out_loss_gap, l
 from vdu_peft.export import DTYPES
 from vdu_peft.judge import AttributeJudge, Judge
 from vdu_peft.text_denoiser import TextDenoiser, open_denoiser
-from vdu_peft.text_evaluation import MIN_FID_IMAGES, Target, draw, evaluate_prompts, load_clip, read_prompt_file
+from vdu_peft.text_evaluation import (
+    MIN_FID_IMAGES,
+    Target,
+    check_sizes,
+    draw,
+    evaluate_prompts,
+    load_clip,
+    read_prompt_file,
+)
 
 
 def run_sample(args: argparse.Namespace) -> int:
@@ -126,6 +134,7 @@ def _evaluate_prompts(args: argparse.Namespace) -> int:
     denoiser = _drawing_denoiser(args, [prompt.text for prompt in prompts])
     if not isinstance(denoiser, TextDenoiser):
         raise ConfigError(f"prompts: {args.model} is not a text-to-image model")
+    check_sizes(prompts, denoiser.image_size)
     if judge and denoiser.image_size != judge.image_size:
         raise ConfigError(f"judge: takes {judge.image_size} images, {args.model} draws {denoiser.image_size}")
     reference = None

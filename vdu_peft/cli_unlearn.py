@@ -18,7 +18,7 @@ from vdu_peft.denoiser import Denoiser
 from vdu_peft.evaluation import check_evaluation
 from vdu_peft.options import ADAPTER_OPTIONS
 from vdu_peft.text_denoiser import TextDenoiser, anchor_prompts, neutral_prompts, open_denoiser, read_prompts
-from vdu_peft.trainer import check_run, unlearn
+from vdu_peft.trainer import check_precision, check_run, unlearn
 
 
 def run_unlearn(args: argparse.Namespace) -> int:
@@ -34,8 +34,10 @@ def run_unlearn(args: argparse.Namespace) -> int:
     )
     if args.forget_prompt is not None and args.caption_column is not None:
         raise ConfigError("forget_prompt: caption_column gives each image its own; name one of them")
-    if args.forget_prompt is not None and args.forget_prompt in ("", args.anchor_prompt):
-        raise ConfigError("forget_prompt: must be a prompt other than the anchor_prompt and the empty one")
+    if args.forget_prompt == "" and args.anchor_prompt:
+        raise ConfigError("anchor_prompt: an empty forget_prompt is redirected to nothing; leave anchor_prompt out")
+    if args.forget_prompt and args.forget_prompt == args.anchor_prompt:
+        raise ConfigError("forget_prompt: must be a prompt other than the anchor_prompt")
     captions = source.captions() if args.caption_column is not None else []
     anchors = _anchor_captions(captions, args)
     prompts = [*captions, *anchors] if args.forget_prompt is None else [args.forget_prompt]
@@ -102,11 +104,11 @@ def _with_prompts(config: UnlearnConfig, denoiser: Denoiser, args: argparse.Name
         return config
     if not options:
         raise ConfigError(
-            "forget_prompt: the model draws from prompts; tell which one the forget images belong to, or give a "
-            "caption_column"
+            'forget_prompt: the model draws from prompts; tell which one the forget images belong to ("" for what is '
+            "drawn without one), or give a caption_column"
         )
     labels = {"null_class": ""}
-    if config.plasticity == "hinge" and not args.forget_concept:
+    if config.plasticity == "hinge" and not args.forget_concept and args.forget_prompt != "":
         labels["anchor_class"] = args.anchor_prompt
     if args.forget_prompt is not None:
         labels["forget_class"] = args.forget_prompt
@@ -136,6 +138,9 @@ def run_demo_command(args: argparse.Namespace) -> int:
 
 def _run_config(args: argparse.Namespace) -> tuple[UnlearnConfig, dict]:
     config = UnlearnConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(UnlearnConfig)})
+    # Not accelerate's device: to ask for it so early starts accelerate without the run's options.
+    has_gpu = torch.accelerator.is_available()
+    check_precision(config, torch.accelerator.current_accelerator() if has_gpu else torch.device("cpu"))
     adapter = {name: getattr(args, option) for option, name in ADAPTER_OPTIONS.items()}
     adapter["variational"] = args.variational
     VDUConfig(target_modules=["any"], **adapter)  # its checks, before anything is loaded

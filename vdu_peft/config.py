@@ -154,7 +154,7 @@ class UnlearnConfig:
 
     loss = plasticity + redirect + stability_weight · stability + kl_weight · KL / (N_forget · D)
 
-    ``redirect`` is there for class-conditional and text-to-image models with ``hinge`` only.
+    ``redirect`` is there for class-conditional and text-to-image models with ``hinge`` only, not of the null class.
 
     Args:
         plasticity: ``hinge`` (bounded, default) or ``elbo`` (the paper's, unbounded).
@@ -166,7 +166,8 @@ class UnlearnConfig:
         forget_class: of a class-conditional model, the label under which it knows the forget images.
         anchor_class: what that label shall draw instead; when None, each time another label at random.
         null_class: the label that stands for no condition, where the model was trained with one: half of the
-            images are then shown under it, so that it forgets and retains too.
+            images are then shown under it, so that it forgets and retains too. It can be the forget_class itself: the
+            unconditional likelihood then falls, and all other labels are retained.
         train_batch_size: forget images, and as many replay images, per process and step.
         max_train_steps: optimizer steps at most.
         learning_rate: of Adam at its peak, reached after a tenth of ``max_train_steps``; then it falls linearly to 0.
@@ -237,8 +238,8 @@ class UnlearnConfig:
             raise ConfigError(
                 "anchor_class: plasticity elbo redirects to nothing; use hinge, or leave anchor_class out"
             )
-        if self.forget_class is not None and self.forget_class in (self.anchor_class, self.null_class):
-            raise ConfigError(f"forget_class {self.forget_class} cannot be its own anchor_class or null_class")
+        if self.forget_class is not None and self.forget_class == self.anchor_class:
+            raise ConfigError(f"forget_class {self.forget_class} cannot be its own anchor_class")
         if not 0 <= self.min_forget_timestep < 1000:
             raise ConfigError(f"min_forget_timestep must lie in 0 to 999, not {self.min_forget_timestep}")
         if not 0 <= self.seed < 2**32:

@@ -312,9 +312,14 @@ def _read_captions(folder: Path, files: Sequence[Path], column: str) -> list[str
             rows = list(csv.DictReader(io.StringIO(text, newline="")))
         else:
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-        captions = {row["file_name"]: _one_line(row[column]) for row in rows}
+        named = [(row["file_name"], _one_line(row[column])) for row in rows]
+        captions = dict(named)
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{metadata}: not rows of file_name and {column} ({error})") from error
+    if len(captions) < len(named):
+        seen = [name for name, _ in named]
+        twice = next(name for name in seen if seen.count(name) > 1)
+        raise DataError(f"{metadata}: {twice} has more than one row; leave one")
     names = [file.relative_to(folder).as_posix() for file in files]
     missing = [name for name in names if not captions.get(name)] or sorted(captions.keys() - set(names))
     if missing:

@@ -212,19 +212,24 @@ def image_grid(images: torch.Tensor, columns: int = 10, scale: int = 1) -> Image
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
 
 
-def labelled_grids(panels: dict[str, torch.Tensor], columns: int = 10) -> Image.Image:
+def labelled_grids(panels: dict[str, torch.Tensor], columns: int = 10, numbered: bool = False) -> Image.Image:
     """One grid per panel, side by side under its title, small images at double size.
 
     The same place is the same starting noise.
+
+    Args:
+        panels: images (N, C, H, W) of one size by title.
+        numbered: before every row stands the number of its first image, from 1.
     """
-    grids = {
-        title: image_grid(images, columns, scale=2 if images.shape[-2] <= 64 else 1).convert("RGB")
-        for title, images in panels.items()
-    }
-    margin, header = 12, 24
+    size = next(iter(panels.values())).shape[-2]
+    scale = 2 if size <= 64 else 1
+    grids = {title: image_grid(images, columns, scale).convert("RGB") for title, images in panels.items()}
+    margin, header, side = 12, 24, 28 if numbered else 0
     height = max(grid.height for grid in grids.values()) + header
-    sheet = Image.new("RGB", (sum(grid.width + margin for grid in grids.values()) - margin, height), "white")
-    draw, left = ImageDraw.Draw(sheet), 0
+    sheet = Image.new("RGB", (sum(grid.width + margin for grid in grids.values()) - margin + side, height), "white")
+    draw, left = ImageDraw.Draw(sheet), side
+    for row in range((height - header) // (size * scale) if numbered else 0):
+        draw.text((2, header + row * size * scale), str(row * columns + 1), fill="black", font_size=14)
     for title, grid in grids.items():
         draw.text((left + 2, 5), title, fill="black", font_size=14)
         sheet.paste(grid, (left, header))

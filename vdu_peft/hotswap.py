@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from torch import nn
 
-from vdu_peft.adapter import AdapterError, check_base, read_adapter_weights, variational_layers
+from vdu_peft.adapter import AdapterError, another_class, check_base, read_adapter_weights, variational_layers
 from vdu_peft.config import VDUConfig
 from vdu_peft.contexts import refuse_merged
 
@@ -65,9 +65,10 @@ def hotswap(model: nn.Module, folder: str | Path, adapter_name: str = "default")
     if not all(isinstance(layer.scaling[adapter_name], torch.Tensor) for layer in layers.values()):
         raise AdapterError("the model is not prepared for hot-swapping; call prepare_hotswap before compiling")
     refuse_merged(peft_model, "hotswap")
+    other = another_class(peft_model.get_base_model(), config) or "does not fit"
     wanted = {f"{name}.{factor}.weight" for name in layers for factor in ("lora_A", "lora_B")}
     for key in sorted(factors.keys() ^ wanted):
-        raise AdapterError(f"{folder}: does not fit: {key} is {'missing' if key in wanted else 'not in the model'}")
+        raise AdapterError(f"{folder}: {other}: {key} is {'missing' if key in wanted else 'not in the model'}")
     check_base(variational_layers(peft_model.get_base_model(), adapter_name), adapter_name, config, folder)
 
     writes = []
@@ -82,7 +83,7 @@ def hotswap(model: nn.Module, folder: str | Path, adapter_name: str = "default")
             same = old.ndim == new.ndim and all(o == n for i, (o, n) in enumerate(zip(old.shape, new.shape)) if i != 1)  # noqa: B905
             if not same or new.shape[1] > old.shape[1]:
                 raise AdapterError(
-                    f"{folder}: does not fit: {name}.{factor} has shape {list(new.shape)}, there is room for "
+                    f"{folder}: {other}: {name}.{factor} has shape {list(new.shape)}, there is room for "
                     f"{list(old.shape)}"
                 )
             writes.append((old, new))

@@ -56,7 +56,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     _source_arguments(sub, split="train")
     sub.add_argument("--forget_label", nargs="+", default=[], help="keep only images that the data set labels so")
     sub.add_argument("--max_forget_images", type=int, help="use at most this many, evenly spread")
-    sub.add_argument("--forget_prompt", help="of a text-to-image model: what draws the forget images")
+    sub.add_argument(
+        "--forget_prompt",
+        help='of a text-to-image model: what draws the forget images; "" for what is drawn without a prompt',
+    )
     sub.add_argument(
         "--caption_column",
         help="of a text-to-image model, instead of one prompt: each forget image's own, a column of metadata.csv or "

@@ -20,7 +20,7 @@ def loss_terms(
     with accelerator.autocast():
         with torch.no_grad(), adapter_scale(denoiser.model, 0):  # the teacher: the same module, adapter off
             base_noise_pred = denoiser.noise_pred(x_t, timesteps, labels)
-            if labels is not None and config.plasticity == "hinge":
+            if anchors is not None and config.plasticity == "hinge":
                 anchor_noise_pred = denoiser.noise_pred(x_t[:half], timesteps[:half], anchors)
         noise_pred = denoiser.noise_pred(x_t, timesteps, labels, model=network)
     loss = objective.denoising_loss(noise_pred[:half], noise[:half])
@@ -32,7 +32,7 @@ def loss_terms(
     if config.plasticity == "elbo":
         return {"plasticity": objective.elbo(loss), **terms}
     terms["plasticity"] = objective.hinge(loss, base_loss, config.forget_target)
-    if labels is not None:
+    if anchors is not None:
         terms["redirect"] = objective.redirect(
             noise_pred[:half],
             base_noise_pred[:half],

@@ -142,7 +142,7 @@ class TextDenoiser(Denoiser):
         whole: bool = False,
         resolution: int | None = None,
     ) -> "TextDenoiser":
-        """Load a pipeline folder or a hub id; safetensors only.
+        """Load a pipeline folder or a hub id; safetensors only, of the ``fp16`` variant where there are no others.
 
         Args:
             resolution: height and width of the images; the model's own when None.
@@ -154,13 +154,14 @@ class TextDenoiser(Denoiser):
         try:
             folder = Path(name_or_path)
             if not folder.is_dir():
-                folder = Path(DiffusionPipeline.download(str(name_or_path), use_safetensors=True))
+                folder = _download(str(name_or_path))
             kind = DiffusionPipeline.load_config(str(folder)).get("_class_name")
             checker = {"safety_checker": None, "requires_safety_checker": False}
             pipeline = DiffusionPipeline.from_pretrained(
                 str(folder),
                 torch_dtype=torch_dtype,
                 use_safetensors=True,
+                variant=_variant(folder),
                 **(checker if kind == "StableDiffusionPipeline" and not whole else {}),
             )
         except (OSError, ValueError, RuntimeError, AttributeError) as error:
@@ -234,6 +235,26 @@ class TextDenoiser(Denoiser):
         self.pipeline.register_modules(**{self.component: self.model})
         self.pipeline.to(dtype=self.dtype)
         self.pipeline.save_pretrained(folder, safe_serialization=True)
+
+
+def _download(repo_id: str) -> Path:
+    """A hub pipeline's files; those of the fp16 variant where there are no others."""
+    try:
+        return Path(DiffusionPipeline.download(repo_id, use_safetensors=True))
+    except OSError as error:
+        try:
+            return Path(DiffusionPipeline.download(repo_id, use_safetensors=True, variant="fp16"))
+        except (OSError, ValueError):
+            raise error from None
+
+
+def _variant(folder: Path) -> str | None:
+    """``fp16`` if a component of the pipeline has no other weights, see the ``variant`` of diffusers."""
+    for component in folder.iterdir():
+        names = [file.name for file in component.glob("*.safetensors")]
+        if names and all(".fp16" in name for name in names):
+            return "fp16"
+    return None
 
 
 def open_denoiser(

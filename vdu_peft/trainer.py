@@ -40,7 +40,7 @@ class UnlearnResult:
         model: the PEFT model with the trained adapter; its base is the model passed in.
         denoiser: the denoiser around it.
         history: one record per optimizer step: loss, plasticity, stability, kl (nats), forget_ratio; redirect, too,
-            of a class-conditional model.
+            where the forgotten class is not the null class.
         status: ``forgotten``, ``partly forgotten``, ``nothing learned`` or ``collapsed``.
         num_replay: replay images kept by the filter.
         trained_parameters: adapter parameters that the optimizer saw.
@@ -102,7 +102,7 @@ def unlearn(
     output_dir = Path(output_dir) if output_dir is not None else None
     if resume:
         check_resumable(output_dir, config)
-    accelerator = _accelerator(config, output_dir)
+    accelerator = _accelerator(config, output_dir, denoiser.dtype)
     if output_dir is not None:
         output_dir.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written fails now, not after training
     bar_off = not accelerator.is_local_main_process
@@ -227,15 +227,27 @@ def check_run(
     if resume:
         check_resumable(output_dir, config)
     denoiser.check_inference_steps(config.replay_inference_steps)
-    _accelerator(config, output_dir)
+    _accelerator(config, output_dir, denoiser.dtype)
     make_trainable_as_before = trainable_state(denoiser.model)
     attach(denoiser.model, copy.deepcopy(adapter))  # PEFT writes into the config
     detach(denoiser.model)
     make_trainable_as_before()
 
 
-def _accelerator(config: UnlearnConfig, output_dir: Path | None) -> Accelerator:
-    """The run's Accelerator.
+def check_precision(config: UnlearnConfig, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    """Whether a device learns in the run's precision, on frozen weights of ``dtype``.
+
+    Raises:
+        ConfigError: float16 on a CPU, where there is no gradient scaler and accelerate would use float32.
+    """
+    if device.type == "cpu" and config.mixed_precision == "fp16":
+        raise ConfigError("mixed_precision fp16: needs a GPU; use bf16 or no")
+    if device.type == "cpu" and dtype == torch.float16:
+        raise ConfigError("model: its weights are float16, which needs a GPU; load it in bfloat16 or float32")
+
+
+def _accelerator(config: UnlearnConfig, output_dir: Path | None, dtype: torch.dtype) -> Accelerator:
+    """The run's Accelerator, for frozen weights of ``dtype``.
 
     Raises:
         ConfigError: a precision that the machine has not, or a tracker that is not there.
@@ -249,8 +261,7 @@ def _accelerator(config: UnlearnConfig, output_dir: Path | None) -> Accelerator:
         )
     except ValueError as error:
         raise ConfigError(f"mixed_precision {config.mixed_precision}, report_to {config.report_to}: {error}") from error
-    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would use float32
-        raise ConfigError("mixed_precision fp16: needs a GPU; use bf16 or no")
+    check_precision(config, accelerator.device, dtype)
     if config.report_to and not accelerator.log_with:  # accelerate leaves out a tracker that is not installed
         raise ConfigError(f"report_to {config.report_to}: its package is not installed; install it, or leave it out")
     return accelerator
@@ -307,7 +318,7 @@ def _save(
         facts = {"forget images": len(forget), "steps": len(history), "rank": rank, "seed": config.seed}
         if classes is not None:
             facts["forgotten"] = classes.named(classes.forget_labels, denoiser)
-            if config.plasticity == "hinge":
+            if config.plasticity == "hinge" and classes.anchors.numel():
                 facts["drawn instead"] = classes.named(classes.anchors, denoiser)
         if history:
             facts["outcome"] = run_status(history, config)
