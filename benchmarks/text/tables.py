@@ -13,6 +13,7 @@ TEXT_COLUMNS = {
     "target prompts, other attributes": "{:.1%}",
     "FID, target prompts": "{:.1f}",
     "FID, other prompts": "{:.1f}",
+    "KID, other prompts": "{:.2f}",
     run.ANCHOR_DISTANCE: "{:.1f}",
 }
 EARLIER_OPTIONS, EARLIER_REFERENCE = "earlier options", "earlier reference"
