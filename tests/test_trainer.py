@@ -57,6 +57,18 @@ def test_first_step_is_the_stated_objective(pipeline_folder, forget):
     assert first["stability"] == 0 and first["kl"] == 0 and first["loss"] == pytest.approx(2 / 3, rel=1e-6)
 
 
+def test_the_kl_weighs_per_posterior_weight_however_many_images(pipeline_folder, forget):
+    """The prior pulls alike on 8 images and on 2: K is counted by hand, rank times outputs of every layer."""
+    for images in (forget, forget[:2]):
+        denoiser = Denoiser.from_pretrained(pipeline_folder)
+        config = replace(FAST, max_train_steps=2, kl_weight=3.0)
+        result = unlearn(denoiser, images, config, replay=forget)
+        means = [p for name, p in result.model.named_parameters() if "lora_B" in name]
+        record = result.history[1]
+        terms = record["plasticity"] + config.stability_weight * record["stability"]
+        assert record["loss"] == pytest.approx(terms + 3.0 * record["kl"] / sum(p.numel() for p in means), rel=1e-5)
+
+
 @pytest.mark.parametrize("plasticity", ["hinge", "elbo"])
 def test_the_forget_loss_rises(pipeline_folder, forget, plasticity):
     config = replace(FAST, plasticity=plasticity, max_train_steps=60, learning_rate=5e-3, stability_weight=0.1)

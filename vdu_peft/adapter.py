@@ -105,6 +105,12 @@ def total_kl(model: nn.Module, adapter_name: str = "default") -> torch.Tensor:
     return torch.stack(kls).sum()
 
 
+def posterior_size(model: nn.Module, adapter_name: str = "default") -> int:
+    """How many weights of the adapter have a posterior: those of every layer's ``lora_B``."""
+    layers = variational_layers(model, adapter_name)
+    return sum(layer.lora_B[adapter_name].weight.numel() for _, layer in layers)
+
+
 def save_adapter(peft_model: PeftModel, folder: str | Path, card: str | None = None) -> None:
     """Write ``adapter_config.json``, ``adapter_model.safetensors`` and a model card, all or nothing.
 

@@ -157,7 +157,8 @@ def _outcome(result, output_dir: Path) -> int:
     )
     if result.failed:
         mend = {
-            "nothing learned": "raise max_train_steps or learning_rate, and check that target_modules covers the model",
+            "nothing learned": "raise max_train_steps or learning_rate, or lower kl_weight, and check that "
+            "target_modules covers the model",
             "collapsed": "use plasticity hinge, a larger stability_weight, or a smaller learning_rate or init_scale",
         }[result.status]
         _say(f"vdu-peft: error: {result.status}: {mend}", file=sys.stderr)

@@ -152,7 +152,7 @@ def exactly(names: list[str], model: nn.Module) -> list[str] | str:
 class UnlearnConfig:
     """One unlearning run. Names follow diffusers' training scripts where those have one.
 
-    loss = plasticity + redirect + stability_weight · stability + kl_weight · KL / (N_forget · D)
+    loss = plasticity + redirect + stability_weight · stability + kl_weight · KL / K
 
     ``redirect`` is there for class-conditional and text-to-image models with ``hinge`` only, not of the null class.
 
@@ -160,7 +160,9 @@ class UnlearnConfig:
         plasticity: ``hinge`` (bounded, default) or ``elbo`` (the paper's, unbounded).
         forget_target: c of the hinge: raise the forget images' denoising loss to c times the original.
         stability_weight: weight of the function-space stability on self-generated replay.
-        kl_weight: weight of the KL (nats) per forget-image element.
+        kl_weight: weight of the KL (nats) per posterior weight: K is how many weights ``lora_B`` has. Not per element
+            of the forget images, as beside a likelihood: the hinge is a ratio, in no nats, and then 20 images, or small
+            ones, would be held by a prior so much stronger that nothing is learned.
         min_forget_timestep: noise forget images at least to this timestep (of 1000). What an image shows is decided
             in the noise; at lower timesteps a higher loss only makes samples noisy. 0 for the whole ELBO.
         forget_class: of a class-conditional model, the label under which it knows the forget images.
@@ -189,7 +191,7 @@ class UnlearnConfig:
     plasticity: Literal["hinge", "elbo"] = "hinge"
     forget_target: float = 3.0
     stability_weight: float = 2.0
-    kl_weight: float = 0.05
+    kl_weight: float = 0.0125
     min_forget_timestep: int = 200
     forget_class: int | None = None
     anchor_class: int | None = None

@@ -14,7 +14,7 @@ from accelerate.utils import set_seed
 from peft import PeftModel
 from tqdm.auto import tqdm
 
-from vdu_peft.adapter import attach, detach, save_adapter, total_kl, trainable_state
+from vdu_peft.adapter import attach, detach, posterior_size, save_adapter, total_kl, trainable_state
 from vdu_peft.batch import draw_batch
 from vdu_peft.card import model_card
 from vdu_peft.checkpoint import check_resumable, load_checkpoint, run_options, save_checkpoint
@@ -117,6 +117,7 @@ def unlearn(
     images, forget = forget, denoiser.encode(forget)
     peft_model = attach(denoiser.model, adapter or VDUConfig.for_model(denoiser.model))
     parameters = {n: p for n, p in denoiser.model.named_parameters() if p.requires_grad}
+    num_posterior = posterior_size(denoiser.model)
     optimizer = torch.optim.Adam(parameters.values(), lr=config.learning_rate)
     options = run_options(
         config,
@@ -176,7 +177,7 @@ def unlearn(
                         batch_terms["plasticity"]
                         + batch_terms.get("redirect", 0)
                         + config.stability_weight * batch_terms["stability"]
-                        + config.kl_weight * kl / forget.numel()
+                        + config.kl_weight * kl / num_posterior
                     )
                     accelerator.backward(loss / config.gradient_accumulation_steps)
                 for name, value in {"loss": loss, "kl": kl, **batch_terms}.items():

@@ -75,8 +75,8 @@ METHODS = {
     "uce": (uce, {"preserve_scale": 1.0, "ridge": 0.1}),
 }
 # Counts up when a method's code comes to do something else under the same options. 2: losses on the network's own
-# prediction; negative MSE trains part of the text encoder.
-REVISIONS = {"esd-x": 2, "esd-u": 2, "spm": 2, "negative-mse": 2}
+# prediction; negative MSE trains part of the text encoder; the KL of ours is weighed per posterior weight.
+REVISIONS = {"ours": 2, "ours-deterministic": 2, "esd-x": 2, "esd-u": 2, "spm": 2, "negative-mse": 2}
 
 
 def spec_of(method: str) -> dict:
