@@ -28,9 +28,8 @@ def test_noise_is_added_as_the_stock_scheduler_adds_it(scheduler):
     torch.testing.assert_close(schedule.add_noise(images, noise, TIMESTEPS)[:-1], expected[:-1], atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow"])
-def test_a_perfect_prediction_gives_the_noise(prediction_type):
-    """In float64, from each kind's own definition; at zero terminal SNR, too."""
+def exact_schedule(prediction_type: str) -> NoiseSchedule:
+    """In float64, at zero terminal SNR."""
     scheduler = (
         FlowMatchEulerDiscreteScheduler(shift=3.0)
         if prediction_type == "flow"
@@ -38,6 +37,13 @@ def test_a_perfect_prediction_gives_the_noise(prediction_type):
     )
     schedule = NoiseSchedule(scheduler)
     schedule.alphas, schedule.sigmas = schedule.alphas.double(), schedule.sigmas.double()
+    return schedule
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow"])
+def test_a_perfect_prediction_gives_the_noise(prediction_type):
+    """In float64, from each kind's own definition; at zero terminal SNR, too."""
+    schedule = exact_schedule(prediction_type)
     images, noise = torch.randn(2, 6, 3, 4, 4, dtype=torch.float64)
     x_t = schedule.add_noise(images, noise, TIMESTEPS)
     alpha, sigma = (table[TIMESTEPS].view(-1, 1, 1, 1) for table in (schedule.alphas, schedule.sigmas))
@@ -54,13 +60,7 @@ def test_a_perfect_prediction_gives_the_noise(prediction_type):
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow"])
 def test_an_error_of_the_noise_is_brought_back_to_the_networks_own(prediction_type):
     """Two predictions' difference, through the noise that they mean and back; for v that over alpha."""
-    scheduler = (
-        FlowMatchEulerDiscreteScheduler(shift=3.0)
-        if prediction_type == "flow"
-        else DDPMScheduler(prediction_type=prediction_type, rescale_betas_zero_snr=True)
-    )
-    schedule = NoiseSchedule(scheduler)
-    schedule.alphas, schedule.sigmas = schedule.alphas.double(), schedule.sigmas.double()
+    schedule = exact_schedule(prediction_type)
     prediction, target, x_t = torch.randn(3, 6, 3, 4, 4, dtype=torch.float64)
     noise_error = schedule.noise_pred(prediction, x_t, TIMESTEPS) - schedule.noise_pred(target, x_t, TIMESTEPS)
     found = schedule.own_error(noise_error, TIMESTEPS)
