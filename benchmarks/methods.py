@@ -21,6 +21,7 @@ from benchmarks.bases import as_judged
 from benchmarks.task import Outcome, Task
 from vdu_peft.config import UnlearnConfig, VDUConfig
 from vdu_peft.demo import demo_judge
+from vdu_peft.replay import REPLAY_SEED
 from vdu_peft.trainer import UnlearnError, unlearn
 
 
@@ -56,7 +57,7 @@ def vdu_peft(task: Task, adapter: dict | None = None, replay_filter: str = "ours
 def given_replay(task: Task, config: UnlearnConfig, replay_filter: str) -> torch.Tensor:
     """The model's own samples: all of them, or less those that the demo's judge takes for the forget images' digit."""
     images = task.denoiser.sample(
-        config.replay_size, seed=config.seed + 7919, num_inference_steps=config.replay_inference_steps
+        config.replay_size, seed=config.seed + REPLAY_SEED, num_inference_steps=config.replay_inference_steps
     )
     if replay_filter == "off":
         return images

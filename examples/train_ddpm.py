@@ -10,7 +10,8 @@ Its class-conditional twin, whose last label stands for "any class":
     python examples/train_ddpm.py --train_data mnist.npz --image_column train_images --label_column train_labels \
         --class_conditional --resolution 28 --channels 1 --output_dir mnist-ddpm-classes
 
-The benchmarks' models, whose options lie in files, one on each line; the command line wins over them:
+With options from a file, one on each line, which the command line wins over. MNIST at 16x16, whole and without a digit,
+is a base of the benchmarks; no model in color has been trained yet:
 
     python examples/train_ddpm.py @examples/configs/ddpm-mnist16.txt --train_data mnist.npz --output_dir mnist16
     python examples/train_ddpm.py @examples/configs/ddpm-mnist16.txt --train_data mnist.npz --output_dir mnist16-no-3 \
