@@ -111,7 +111,6 @@ def _check_count(available: int, wanted: int | None, forget_class: int) -> None:
 
 BASES = {
     "mnist": Base(assets() / "ddpm", None),
-    "mnist-full": Base(assets() / "ddpm", "mnist.npz"),
     "mnist16": Base(MODELS / "mnist16" / "ddpm", "mnist.npz"),
 }
 DEMO = BASES["mnist"]

@@ -33,10 +33,10 @@ Written by `python -m benchmarks.tables` from `benchmarks/results/`, which `pyth
 figures on a small model; they reproduce no table of any paper.
 
 Base `mnist` is the demo's model with its images (`vdu_peft/assets/mnist`): an unconditional MNIST DDPM of 1.8 M
-parameters, 2,700 real test images of the other digits for u-FID; base `mnist-full` is that model with all of MNIST's
-images. Base `mnist16` is the same network at 16 x 16, which takes a third of the time, with all images; the judges see
-its samples and the real images at 28 x 28, by bicubic interpolation ([models](models/README.md)). PUL is the relative
-drop in the share of samples that a judge calls the digit: by LeNet-5, which we did not train, and by the demo's judge.
+parameters, 2,700 real test images of the other digits for u-FID. Base `mnist16` is the same network at 16 x 16, which
+takes a third of the time, with all of MNIST's images; the judges see its samples and the real images at 28 x 28, by
+bicubic interpolation ([models](models/README.md)). PUL is the relative drop in the share of samples that a judge calls
+the digit: by LeNet-5, which we did not train, and by the demo's judge.
 The ratio is u-FID after unlearning (demo judge's features) over the base model's FID against all ten digits. It counts
 both what is not forgotten and what quality it cost: the untouched base is near 2, a model that lost the digit and
 nothing else near 1. "Least kept" is the smallest share of a retained digit after unlearning relative to before. "Over

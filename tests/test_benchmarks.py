@@ -244,7 +244,7 @@ RELEARNING = {"source": "forget", "num_images": 1, "learning_rate": 1e-4, "steps
             "siss has no option 'rate'",
         ),
         ({"methods": [{"label": "a", "method": "vdu_peft", "sees": "", "options": {"rate": 1}}]}, "no option 'rate'"),
-        ({"base": "none"}, "unknown base 'none'; known are mnist, mnist-full, mnist16"),
+        ({"base": "none"}, "unknown base 'none'; known are mnist, mnist16"),
     ],
 )
 def test_bad_experiment_is_one_clear_error(tmp_path, capsys, change, message):
