@@ -30,8 +30,8 @@ from benchmarks.text.uce import uce
 from vdu_peft.denoiser import ModelError
 from vdu_peft.judge import AttributeJudge
 from vdu_peft.metrics import frechet_distance
+from vdu_peft.prompt_file import Target
 from vdu_peft.text_denoiser import TextDenoiser, anchor_prompts
-from vdu_peft.text_evaluation import Target
 
 SWORD = Forgotten((Target("weapon", ("sword",)),), (", a sword",))
 

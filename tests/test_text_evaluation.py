@@ -17,20 +17,23 @@ from vdu_peft.denoiser import ModelError
 from vdu_peft.evaluation import to_pixels
 from vdu_peft.judge import AttributeJudge
 from vdu_peft.metrics import frechet_distance, kernel_distance
-from vdu_peft.text_denoiser import TextDenoiser
-from vdu_peft.text_evaluation import (
+from vdu_peft.prompt_file import (
     EvaluationPrompt,
     PromptFileError,
     Target,
-    attribute_accuracy,
     check_sizes,
-    clip_scores,
-    draw,
-    evaluate_prompts,
-    exposed_parts,
-    load_clip,
     read_prompt_file,
+    seeded,
 )
+from vdu_peft.text_denoiser import TextDenoiser
+from vdu_peft.text_evaluation import (
+    attribute_accuracy,
+    draw,
+    draw_and_look,
+    evaluate_prompts,
+    shown_places,
+)
+from vdu_peft.text_judges import Judges, Seen, clip_scores, exposed_parts, load_clip
 
 ATTRIBUTES = {"who": ["elf", "orc"], "weapon": ["", "axe", "sword"]}
 SWORD = Target("weapon", ("sword",))
@@ -57,6 +60,12 @@ def picture(who: str, weapon: str) -> torch.Tensor:
     return image
 
 
+def seen(both, prompts, judges: Judges | None = None) -> list[Seen]:
+    """Of the images before and after, by the judge that reads them exactly where there is no other."""
+    judges = judges or Judges(Reader(ATTRIBUTES, (8, 8)))
+    return [judges.look(images, prompts) for images in both]
+
+
 def test_figures_by_hand():
     prompts = [
         prompt("elf", "sword"),
@@ -75,7 +84,7 @@ def test_figures_by_hand():
             picture("orc", "sword"),  # the weapon is wrong
         ]
     )
-    report = evaluate_prompts(before, after, prompts, SWORD, Reader(ATTRIBUTES, (8, 8)))
+    report = evaluate_prompts(*seen((before, after), prompts), prompts, SWORD)
     assert report.figures == {
         "UA": (0.0, 0.5),
         "IRA": (1.0, 0.5),
@@ -91,7 +100,7 @@ def test_distances_are_to_the_reference(monkeypatch, tmp_path):
     prompts = [prompt("elf", weapon) for weapon in ["sword"] * 30 + ["axe"] * 30 + ["axe"] * 2]
     judge, images = Reader(ATTRIBUTES, (8, 8)), torch.rand(2, 62, 3, 8, 8)
     reference = torch.rand(50, 3, 8, 8)
-    report = evaluate_prompts(*images, prompts, SWORD, judge, reference)
+    report = evaluate_prompts(*seen(images, prompts), prompts, SWORD, judge.judge(reference)[0])
     features = [judge.judge(batch)[0] for batch in (images[0][:30], images[1][30:], reference)]
     kids = []
     for name, distance in (("FID", frechet_distance), ("KID", kernel_distance)):
@@ -101,9 +110,10 @@ def test_distances_are_to_the_reference(monkeypatch, tmp_path):
             kids += [figure] if name == "KID" else []
     shown = [line.split()[-2:] for line in report.lines() if line.startswith("KID")]
     assert shown == [[f"{value:.3f}" for value in figure] for figure in kids]
-    few = evaluate_prompts(images[0][41:], images[1][41:], [*prompts[:1], *prompts[42:]], SWORD, judge, reference)
+    few_prompts = [*prompts[:1], *prompts[42:]]
+    few = evaluate_prompts(*seen(images[:, 41:], few_prompts), few_prompts, SWORD, judge.judge(reference)[0])
     assert {name for name in few.figures if "ID" in name} == {"FID, other prompts", "KID, other prompts"}
-    report.save(tmp_path, *images, seed=3)
+    report.save(tmp_path, *images[:, shown_places(prompts, SWORD)], seed=3)
     record = json.loads((tmp_path / "report.json").read_text())
     assert record["num_target"] == 30 and record["seed"] == 3 and (tmp_path / "grid.png").is_file()
     assert record["figures"]["UA"] == {"before": report.figures["UA"][0], "after": report.figures["UA"][1]}
@@ -115,8 +125,10 @@ def test_every_image_has_its_prompt_and_verdict_in_the_report(tmp_path):
     prompts = [replace(prompt(*names), seed=seed, guidance_scale=2.0) for seed, names in enumerate(wanted)]
     before = torch.stack([picture(*names) for names in wanted])
     after = torch.stack([picture("elf", "axe")] * 8)
-    report = evaluate_prompts(before, after, prompts, SWORD, Reader(ATTRIBUTES, (8, 8)))
-    report.save(tmp_path, before, after)
+    report = evaluate_prompts(*seen((before, after), prompts), prompts, SWORD)
+    places = shown_places(prompts, SWORD)
+    assert places == [0, 2, 3, 4, 5, 6, 7, 1]
+    report.save(tmp_path, before[places], after[places])
     images = json.loads((tmp_path / "report.json").read_text())["images"]
     assert images[1] == {
         "prompt": "orc axe",
@@ -136,7 +148,7 @@ def test_every_image_has_its_prompt_and_verdict_in_the_report(tmp_path):
     # The seventh target prompt's image is the second of the row that begins with 6.
     cell = np.asarray(grid)[header + 16 : header + 32, side + 16 : side + 32]
     assert np.array_equal(cell[::2, ::2], to_pixels(before[7]).movedim(0, -1).numpy())
-    unjudged = evaluate_prompts(before, after, prompts, nudenet=NudeDetector())
+    unjudged = evaluate_prompts(*seen((before, after), prompts, Judges(nudenet=NudeDetector())), prompts)
     unjudged.save(tmp_path / "unjudged", before, after)
     first = json.loads((tmp_path / "unjudged" / "report.json").read_text())["images"][0]
     assert first["before"] == first["after"] == {} and first["prompt"] == "elf sword"
@@ -207,7 +219,7 @@ def test_each_prompt_is_drawn_with_its_own_seed_and_guidance(tmp_path):
     pipeline = tiny_text_pipeline(tmp_path)
     prompts = [EvaluationPrompt("a cat", 5, 3.0), EvaluationPrompt("a sword"), EvaluationPrompt("a sword", 9, 3.0)]
     denoiser = TextDenoiser(pipeline, [p.text for p in prompts])
-    images = draw(denoiser, prompts, seed=2, num_inference_steps=3)
+    images = draw(denoiser, seeded(prompts, 2), num_inference_steps=3)
     for i, (seed, guidance) in enumerate([(5, 3.0), (2 * 1_000_003 + 1, 7.5), (9, 3.0)]):
         stock = pipeline(
             prompts[i].text,
@@ -219,6 +231,29 @@ def test_each_prompt_is_drawn_with_its_own_seed_and_guidance(tmp_path):
             output_type="pt",
         ).images
         torch.testing.assert_close((images[i] + 1) / 2, stock[0], atol=1e-5, rtol=0)
+
+
+def test_what_is_judged_batch_by_batch_is_what_all_images_at_once_are(tmp_path):
+    """In the prompts' order, though those of one guidance are drawn together; only the kept images are held."""
+
+    class Written(NudeDetector):
+        def detect(self, image):
+            return [{"class": "BELLY_EXPOSED", "score": float(image.mean()) / 255 + 0.2}]
+
+    scales = [None, 3.0, None, 2.0, 3.0, None, 3.0]
+    prompts = [EvaluationPrompt(f"a {i}", guidance_scale=scale) for i, scale in enumerate(scales)]
+    prompts = seeded(prompts, 4)
+    denoiser = TextDenoiser(tiny_text_pipeline(tmp_path), [p.text for p in prompts])
+    denoiser.batch_size = 2
+    torch.manual_seed(0)
+    judges = Judges(AttributeJudge(ATTRIBUTES, denoiser.image_size).eval(), nudenet=Written())
+    images = draw(denoiser, prompts, num_inference_steps=2)
+    whole = judges.look(images, prompts)
+    seen, kept = draw_and_look(denoiser, prompts, judges, [6, 1, 2], num_inference_steps=2)
+    torch.testing.assert_close(seen.features, whole.features, atol=1e-4, rtol=0)
+    assert seen.found == whole.found and seen.exposed == whole.exposed
+    assert not torch.allclose(whole.features[0], whole.features[1], atol=1e-2)  # an order that is wrong shows
+    torch.testing.assert_close(kept, images[[6, 1, 2]], atol=1e-5, rtol=0)
 
 
 def test_clip_scores_are_the_models_own_logits(tmp_path):
@@ -238,7 +273,8 @@ def test_clip_scores_are_the_models_own_logits(tmp_path):
         logits = model(**processor(text=[p.text], images=[image], return_tensors="pt")).logits_per_image
         expected.append(100 * (logits / model.logit_scale.exp()).item())  # one at a time: no padding
     assert scores.tolist() == pytest.approx(expected, abs=1e-3)
-    figures = evaluate_prompts(images, images.flip(0), prompts, clip=load_clip(str(tmp_path / "clip"))).figures
+    judges = Judges(clip=load_clip(str(tmp_path / "clip")))
+    figures = evaluate_prompts(*seen((images, images.flip(0)), prompts, judges), prompts).figures
     assert list(figures) == ["CLIP score, target prompts"]
     assert figures["CLIP score, target prompts"][0] == pytest.approx(sum(expected) / 3, abs=1e-3)
     with pytest.raises(ModelError, match="cannot be loaded as a CLIP model"):
@@ -267,7 +303,9 @@ def test_nudenet_sees_what_it_sees_of_a_file_and_only_exposed_parts_count(tmp_pa
         Image.fromarray(((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()).save(file)
         assert np.array_equal(array, cv2.imread(str(file)))
         assert detections == NudeDetector().detect(str(file))
-    assert counts["NudeNet, exposed parts"] == 4 and sum(counts.values()) == 8
-    assert counts["NudeNet, belly exposed"] == counts["NudeNet, female breast exposed"] == 2
-    report = evaluate_prompts(images, images, [prompt("elf", "axe"), prompt("orc", "")], nudenet=Noted())
+    assert sum(counts.values()) == 4
+    assert counts["BELLY_EXPOSED"] == counts["FEMALE_BREAST_EXPOSED"] == 2
+    prompts = [prompt("elf", "axe"), prompt("orc", "")]
+    report = evaluate_prompts(*seen((images, images), prompts, Judges(nudenet=Noted())), prompts)
+    assert report.figures["NudeNet, belly exposed"] == (2, 2)
     assert report.figures["NudeNet, exposed parts"] == (4, 4) and "         4         4" in report.lines()[2]

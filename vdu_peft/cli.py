@@ -20,8 +20,8 @@ from vdu_peft.export import export_lora, merge
 from vdu_peft.hub import HubError, check_hub, push_to_hub
 from vdu_peft.judge import JudgeError
 from vdu_peft.options import parse
+from vdu_peft.prompt_file import PromptFileError
 from vdu_peft.text_denoiser import open_denoiser
-from vdu_peft.text_evaluation import PromptFileError
 from vdu_peft.trainer import UnlearnError
 
 BAD_INPUT = (

@@ -14,16 +14,10 @@ from vdu_peft.denoiser import Denoiser
 from vdu_peft.evaluation import check_evaluation, evaluate, held_out_loss_gap, labelled_grids
 from vdu_peft.export import DTYPES
 from vdu_peft.judge import AttributeJudge, Judge
+from vdu_peft.prompt_file import Target, check_sizes, read_prompt_file, seeded
 from vdu_peft.text_denoiser import TextDenoiser, open_denoiser
-from vdu_peft.text_evaluation import (
-    MIN_FID_IMAGES,
-    Target,
-    check_sizes,
-    draw,
-    evaluate_prompts,
-    load_clip,
-    read_prompt_file,
-)
+from vdu_peft.text_evaluation import MIN_FID_IMAGES, draw_and_look, evaluate_prompts, shown_places
+from vdu_peft.text_judges import Judges, load_clip
 
 
 def run_sample(args: argparse.Namespace) -> int:
@@ -130,7 +124,7 @@ def _evaluate_prompts(args: argparse.Namespace) -> int:
         raise ConfigError("reference: the distance to it is on a judge's features; give a judge")
     judge = AttributeJudge.from_file(args.judge) if args.judge else None
     target = Target.parse(args.forget_attribute) if args.forget_attribute else None
-    prompts = read_prompt_file(args.prompts, judge, target)
+    prompts = seeded(read_prompt_file(args.prompts, judge, target), args.seed)
     denoiser = _drawing_denoiser(args, [prompt.text for prompt in prompts])
     if not isinstance(denoiser, TextDenoiser):
         raise ConfigError(f"prompts: {args.model} is not a text-to-image model")
@@ -140,17 +134,19 @@ def _evaluate_prompts(args: argparse.Namespace) -> int:
     reference = None
     if args.reference is not None:
         source = ImageSource(args.reference, split=args.dataset_split, image_column=args.image_column)
-        reference = source.load(denoiser.image_size, denoiser.channels)
-        if len(reference) < MIN_FID_IMAGES:
-            raise ConfigError(f"reference: {len(reference)} images are too few for a distance; give {MIN_FID_IMAGES}")
+        images = source.load(denoiser.image_size, denoiser.channels)
+        if len(images) < MIN_FID_IMAGES:
+            raise ConfigError(f"reference: {len(images)} images are too few for a distance; give {MIN_FID_IMAGES}")
+        reference, _ = judge.judge(images)
     clip = load_clip(args.clip_model) if args.clip_model is not None else None
-    nudenet = _nude_detector() if args.nudenet else None
+    judges = Judges(judge, clip, _nude_detector() if args.nudenet else None)
     denoiser.model = load_adapter(denoiser.to_best_device().model, args.adapter).get_base_model()
-    sampling = {"seed": args.seed, "num_inference_steps": args.num_inference_steps}
+    drawn = (denoiser, prompts, judges, shown_places(prompts, target))
+    sampling = {"num_inference_steps": args.num_inference_steps}
     with adapter_scale(denoiser.model, 0):
-        before = draw(denoiser, prompts, progress="adapter off", **sampling)
-    after = draw(denoiser, prompts, progress="adapter on", **sampling)
-    report = evaluate_prompts(before, after, prompts, target, judge, reference, clip, nudenet)
+        seen_before, before = draw_and_look(*drawn, progress="adapter off", **sampling)
+    seen_after, after = draw_and_look(*drawn, progress="adapter on", **sampling)
+    report = evaluate_prompts(seen_before, seen_after, prompts, target, reference)
     names = ("model", "adapter", "judge", "prompts", "reference", "forget_attribute", "clip_model")
     context = {name: str(getattr(args, name)) for name in names if getattr(args, name) is not None}
     context |= {"guidance_scale": denoiser.guidance_scale, "image_size": denoiser.image_size}

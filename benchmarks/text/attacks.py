@@ -29,8 +29,9 @@ from benchmarks.text.run import spec_of as model_spec
 from benchmarks.text.task import make_task
 from vdu_peft.attack import embedding_attack, shift_embeddings
 from vdu_peft.evaluation import labelled_grids
+from vdu_peft.prompt_file import EvaluationPrompt, Target, seeded
 from vdu_peft.text_denoiser import TextDenoiser
-from vdu_peft.text_evaluation import EvaluationPrompt, Target, draw
+from vdu_peft.text_evaluation import draw
 
 NAME = "dolls-attacks"
 NUM_IMAGES = 60
@@ -99,7 +100,7 @@ def attack_file(concept: str, method: str, seed: int, results: Path) -> Path:
 def sampled(denoiser: TextDenoiser, prompts: list[str], seed: int) -> torch.Tensor:
     """Images of prompts, as the benchmark draws them; the empty one is drawn without guidance away from itself."""
     rows = [EvaluationPrompt(prompt) for prompt in prompts]
-    return draw(denoiser, rows, seed=seed + 1, num_inference_steps=SAMPLE_STEPS)
+    return draw(denoiser, seeded(rows, seed + 1), num_inference_steps=SAMPLE_STEPS)
 
 
 def share_shown(images: torch.Tensor, target: Target, dolls: Dolls) -> float:

@@ -12,7 +12,8 @@ from benchmarks.text.dolls import FOLDER, Dolls
 from benchmarks.text.run import SAMPLE_STEPS
 from vdu_peft.data import to_tensor
 from vdu_peft.evaluation import image_grid
-from vdu_peft.text_evaluation import EvaluationPrompt, attribute_accuracy, draw
+from vdu_peft.prompt_file import EvaluationPrompt, seeded
+from vdu_peft.text_evaluation import attribute_accuracy, draw
 
 
 def main(argv=None) -> None:
@@ -27,7 +28,8 @@ def main(argv=None) -> None:
     prompts = [EvaluationPrompt(dolls.captions[i], attributes=dolls.attributes[i]) for i in rows]
     denoiser = dolls.denoiser([prompt.text for prompt in prompts])
     real = torch.stack([to_tensor(dolls.images[i], denoiser.image_size, 3) for i in rows])
-    drawn = draw(denoiser, prompts, seed=args.seed, num_inference_steps=SAMPLE_STEPS, progress="held-out captions")
+    prompts = seeded(prompts, args.seed)
+    drawn = draw(denoiser, prompts, num_inference_steps=SAMPLE_STEPS, progress="held-out captions")
     kinds = {"real images": real, "their reconstructions": denoiser.decode(denoiser.encode(real)), "drawn": drawn}
     sampler = f"DDIM, {SAMPLE_STEPS} steps, guidance {denoiser.guidance_scale}, seed {args.seed}"
     print(f"{len(prompts)} held-out captions; {sampler}")

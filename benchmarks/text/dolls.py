@@ -9,8 +9,8 @@ import torch
 
 from vdu_peft.data import to_tensor
 from vdu_peft.judge import AttributeJudge
+from vdu_peft.prompt_file import EvaluationPrompt, Target
 from vdu_peft.text_denoiser import TextDenoiser
-from vdu_peft.text_evaluation import EvaluationPrompt, Target
 
 FOLDER = Path(__file__).parent.parent / "models" / "dolls"
 # The base model follows prompts best with little guidance.

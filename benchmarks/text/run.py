@@ -31,8 +31,10 @@ from benchmarks.text.task import TextTask, make_task
 from benchmarks.text.uce import uce
 from vdu_peft.config import UnlearnConfig, VDUConfig
 from vdu_peft.metrics import frechet_distance
+from vdu_peft.prompt_file import EvaluationPrompt, Target, seeded
 from vdu_peft.text_denoiser import TextDenoiser, anchor_prompts
-from vdu_peft.text_evaluation import EvaluationPrompt, Target, draw, evaluate_prompts
+from vdu_peft.text_evaluation import draw, evaluate_prompts, shown_places
+from vdu_peft.text_judges import Judges
 from vdu_peft.trainer import UnlearnError, unlearn
 
 NAME = "dolls"
@@ -108,11 +110,13 @@ def run(concept: str, method: str, seed: int, results: Path, folder: Path, threa
     anchored = anchor_prompts([prompt.text for prompt in prompts[:count]], forgotten.concepts, forgotten.anchors)
     anchored = base_images(dolls, f"{concept}-anchors", [EvaluationPrompt(text) for text in anchored], seed, results)
     without, figures, floor = images_without(dolls, forgotten), {}, {}
+    judges, (real_without, _) = Judges(dolls.judge), dolls.judge.judge(without.reference)
     for target, instead in zip(forgotten.targets, forgotten.instead, strict=True):
         # Each by itself, against the prompts that ask for none of them.
         rows = [i for i, prompt in enumerate(prompts) if target.is_asked_by(prompt) or i >= count]
         asking = [prompts[i] for i in rows]
-        report = evaluate_prompts(before[rows], after[rows], asking, target, dolls.judge, without.reference)
+        seen = (judges.look(images[rows], asking) for images in (before, after))
+        report = evaluate_prompts(*seen, asking, target, real_without)
         of_anchor = images_of_anchor(dolls, target, instead)
         real_features, _ = dolls.judge.judge(of_anchor.reference)
         asked = [i for i in rows if i < count]
@@ -136,7 +140,8 @@ def run(concept: str, method: str, seed: int, results: Path, folder: Path, threa
         "environment": environment(commit),
     }
     file = result_file(concept, method, seed, results)
-    report.save(file.with_suffix(""), before[rows], after[rows], method=method)
+    shown = [rows[i] for i in shown_places(asking, target)]
+    report.save(file.with_suffix(""), before[shown], after[shown], method=method)
     if status != "not finite":  # its network may still be half wrapped
         task.denoiser.save_pretrained(file.with_suffix("") / "pipeline")  # for benchmarks.text.attacks
     write_result(file, record)
@@ -191,7 +196,7 @@ def images_of(denoiser: TextDenoiser, prompts, seed: int) -> torch.Tensor:
     """The evaluation prompts' images, by the network as it is now."""
     reader = TextDenoiser(denoiser.pipeline, [prompt.text for prompt in prompts])
     reader.model, reader.guidance_scale, reader.batch_size = denoiser.model, denoiser.guidance_scale, 32
-    return draw(reader, prompts, seed=seed + 1, num_inference_steps=SAMPLE_STEPS)
+    return draw(reader, seeded(prompts, seed + 1), num_inference_steps=SAMPLE_STEPS)
 
 
 def base_images(dolls: Dolls, concept: str, prompts, seed: int, results: Path) -> torch.Tensor:
