@@ -313,6 +313,26 @@ def test_weighted_combinations(made, config_class, name, combination):
 
 
 @over_configs
+def test_ranks_stacked_above_a_layers_inputs(config_class):
+    """As PEFT's concatenation may stack them: a sum of deltas like any other, which merges."""
+    torch.manual_seed(0)
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(3, 8)), config_class(r=2, target_modules=["0"]), adapter_name="first"
+    )
+    model.add_adapter("second", config_class(r=3, target_modules=["0"]))
+    fill(model, "first", 2)
+    fill(model, "second", 3)
+    model.add_weighted_adapter(["first", "second"], [0.5, 2.0], "mixed", combination_type="cat")
+    layer = model.get_submodule("base_model.model.0")
+    assert layer.r["mixed"] == 5
+    expected = 0.5 * layer.get_delta_weight("first") + 2.0 * layer.get_delta_weight("second")
+    torch.testing.assert_close(layer.get_delta_weight("mixed"), expected)
+    x = torch.randn(4, 3)
+    mixed = output_of(model, "mixed", x)
+    torch.testing.assert_close(model.merge_and_unload(adapter_names=["mixed"])(x), mixed)
+
+
+@over_configs
 @over_models
 def test_training_moves_the_adapter_alone(made, config_class, name):
     model, x, _ = made(config_class, name)

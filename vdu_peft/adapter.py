@@ -27,14 +27,16 @@ def attach(model: nn.Module, config: VDUConfig, adapter_name: str = "default") -
     """Wrap a model by ``peft.get_peft_model``, or leave it as it was.
 
     Raises:
-        ConfigError: ``target_modules`` matches nothing, or layers that cannot carry a posterior, or the name is part
-            of a module's, or the model has an adapter already.
+        ConfigError: ``target_modules`` matches nothing, or layers that cannot carry a posterior of this rank, or the
+            name is part of a module's, or the model has an adapter already.
     """
     refuse_adapted(model)
     _check_name(model, adapter_name)
     with _undone_on_error(model):
         try:
             peft_model = get_peft_model(model, config, adapter_name=adapter_name)
+            for _, layer in variational_layers(model, adapter_name):
+                layer.check_rank(adapter_name)
         except ValueError as error:
             raise ConfigError(f"target_modules: {error}") from error
     return peft_model

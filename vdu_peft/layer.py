@@ -28,11 +28,6 @@ class GaussianVariant(LoraVariant):
     @staticmethod
     def init(module: "VariationalLayer", adapter_name: str, config, **kwargs) -> None:
         mean = module.lora_B[adapter_name].weight
-        rank, fan_in = module.factors(adapter_name)[2].shape[1:]
-        if rank > fan_in:
-            raise ValueError(
-                f"rank {rank} exceeds the {fan_in} inputs of a target layer; lower r or leave the layer out"
-            )
         # S starts where every rank component alone spreads each row of the delta by init_scale x RMS(W):
         # dividing by its length in G makes the start independent of how A is scaled.
         lengths = module.gram(adapter_name).diagonal(dim1=-2, dim2=-1).sqrt()  # (groups, r / groups)
@@ -203,11 +198,30 @@ class VariationalLayer:
         """G = s² A Aᵀ, float32 (groups, r / groups, r / groups)."""
         return posterior.gram_matrix(self.factors(adapter_name)[2], self.scaling[adapter_name])
 
+    def check_rank(self, adapter_name: str) -> None:
+        """Whether the KL exists: above the inputs G is singular, and the prior on B improper.
+
+        Not when the adapter is made: PEFT's ``add_weighted_adapter`` may stack ranks above the inputs, which merges and
+        runs as any other.
+
+        Raises:
+            ValueError: it does not.
+        """
+        rank, fan_in = self.factors(adapter_name)[2].shape[1:]
+        if rank > fan_in and adapter_name in self.lora_log_std:
+            raise ValueError(
+                f"rank {rank} exceeds the {fan_in} inputs of a target layer; lower r or leave the layer out"
+            )
+
     def kl(self, adapter_name: str) -> torch.Tensor:
         """KL(q ‖ prior) of this layer's delta, a float32 scalar in nats.
 
         For a deterministic adapter the quadratic ‖ΔW‖²/(2σ²) alone.
+
+        Raises:
+            ValueError: see :meth:`check_rank`.
         """
+        self.check_rank(adapter_name)
         mean, log_std, lora_A = self.factors(adapter_name)
         gram = posterior.gram_matrix(lora_A, self.scaling[adapter_name])
         if log_std is None:
