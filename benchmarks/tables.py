@@ -196,16 +196,25 @@ def method_table(
 
 
 def frontier_plot(found: dict[Entry, list[dict]], file: Path) -> None:
-    """PUL against the u-FID ratio: better is up and left."""
+    """PUL against the u-FID ratio: better is up and left; the base itself is where all begin."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
+    reports = [record["report"] for records in found.values() for record in records]
+    start = mean(report["u_fid_before"] / report["fid_before"] for report in reports)
+    axes.plot(start, 0, "o", color="tab:gray")
+    axes.annotate("untouched base", (start, 0), textcoords="offset points", xytext=(4, 3), fontsize=7)
     for entry, records in found.items():
         x, y = mean(map(ratio, records)), mean(r["lenet"]["pul"] for r in records)
         axes.plot(x, y, "o", color="tab:red" if entry.method == "vdu_peft" else "tab:blue")
         axes.annotate(entry.label, (x, y), textcoords="offset points", xytext=(4, 3), fontsize=7)
     axes.set(xscale="log", xlabel="u-FID after / FID of the base (log)", ylabel="PUL by LeNet-5 (%)")
+    axes.margins(x=0.15)  # room for the names
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     figure.savefig(file, dpi=100)
 
 
