@@ -283,7 +283,7 @@ def conditional_denoiser(num_classes=4):
 def test_first_step_on_a_class_conditional_model_is_the_stated_objective(forget):
     """Deterministic, anchored on the very teacher under class 2: computed by hand from the same draws."""
     denoiser = conditional_denoiser()
-    replay, replay_labels = torch.zeros(4, 1, 8, 8), torch.tensor([0, 2, 0, 2])
+    replay, replay_labels = torch.zeros(4, 1, 8, 8), torch.tensor([0, 3, 0, 3])  # none of the anchor
     config = replace(CONDITIONAL, null_class=None, anchor_class=2, max_train_steps=1, min_forget_timestep=0)
     set_seed(0)  # what the trainer seeds its first step with
     images = forget[torch.randperm(8)[:4]]
@@ -317,7 +317,7 @@ def test_each_forget_image_is_shown_under_its_own_label(forget):
         return predict(x_t, timesteps, labels, **options)
 
     denoiser.noise_pred = noise_pred
-    replay = {"replay": torch.zeros(4, 1, 8, 8), "replay_labels": torch.tensor([2, 2, 2, 2])}
+    replay = {"replay": torch.zeros(4, 1, 8, 8), "replay_labels": torch.tensor([3, 3, 3, 3])}
     config = replace(CONDITIONAL, forget_class=None, max_train_steps=20)
     unlearn(denoiser, forget, config, forget_labels=labels, **replay)
     assert seen == {(i, label) for i in range(8) for label in (i % 2, 3)}  # its own, and the null class
@@ -338,7 +338,7 @@ def test_each_forget_image_is_redirected_to_its_own_anchor(forget):
         return predict(x_t, timesteps, labels, **options)
 
     denoiser.noise_pred = noise_pred
-    replay = {"replay": torch.zeros(4, 1, 8, 8), "replay_labels": torch.tensor([2, 2, 2, 2])}
+    replay = {"replay": torch.zeros(4, 1, 8, 8), "replay_labels": torch.tensor([4, 4, 4, 4])}
     config = replace(CONDITIONAL, null_class=4, max_train_steps=20)
     unlearn(denoiser, forget, config, anchor_labels=anchors, **replay)
     assert seen == {(i, int(label)) for i, label in enumerate(anchors)}

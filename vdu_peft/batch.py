@@ -12,16 +12,23 @@ from vdu_peft.denoiser import Denoiser
 
 # Share of the images that a class-conditional model with a null class sees under it.
 NULL_SHARE = 0.5
+# Share of the images to redirect that are the model's own of what shall be drawn instead: under the forgotten condition
+# sampling comes by both, and forget images alone leave it halfway.
+ANCHOR_SHARE = 0.5
 
 
 class Batch(NamedTuple):
-    """The forget images, then as many replay images; labels are None for an unconditional model."""
+    """The forget images, then as many replay images; labels are None for an unconditional model.
+
+    Where forget images are redirected, some are replaced by replay images of their anchor.
+    """
 
     images: torch.Tensor  # (2b, C, H, W)
     noise: torch.Tensor  # (2b, C, H, W)
     timesteps: torch.Tensor  # (2b,)
     labels: torch.Tensor | None = None  # (2b,) what each image is shown under
     anchors: torch.Tensor | None = None  # (b,) what the forget images are redirected to, None for nothing
+    replaced: torch.Tensor | None = None  # (b,) bool, where an image of the anchor stands in for a forget image
 
 
 def draw_batch(
@@ -54,8 +61,16 @@ def draw_batch(
         if classes.null is not None:
             labels = torch.where(torch.rand(2, total) < NULL_SHARE, classes.null, labels)
         drawn.append(labels)
-        if choices := classes.anchors.shape[1]:
-            drawn.append(classes.anchors[forget_indices, torch.randint(choices, (1, total))])
+        if config.plasticity == "hinge" and (choices := classes.anchors.shape[1]):
+            anchors = classes.anchors[forget_indices, torch.randint(choices, (total,))]
+            of_anchor = replay_labels == anchors[:, None]  # (total, M)
+            replaced = of_anchor.any(1) & (torch.rand(total) < ANCHOR_SHARE)
+            if classes.null is not None:
+                replaced &= labels[0] != classes.null
+            replaced[::batch_size] = False  # every process has a forget image, to tell its loss
+            images[0, replaced] = replay[torch.multinomial(of_anchor[replaced].float(), 1).flatten()]
+            timesteps[0, replaced] = torch.randint(num_timesteps, (int(replaced.sum()),))
+            drawn += [anchors[None], replaced[None]]
     share = slice(accelerator.process_index * batch_size, (accelerator.process_index + 1) * batch_size)
     return Batch(*(t[:, share].flatten(0, 1).to(accelerator.device) for t in drawn))
 

@@ -14,17 +14,19 @@ def loss_terms(
     denoiser: Denoiser, network: torch.nn.Module, batch: Batch, config: UnlearnConfig, accelerator: Accelerator
 ) -> dict[str, torch.Tensor]:
     """The objective's terms of one batch, scalars by name; ``network`` is the denoiser's, as accelerate wrapped it."""
-    images, noise, timesteps, labels, anchors = batch
+    images, noise, timesteps, labels, anchors, replaced = batch
     half = len(images) // 2
     x_t = denoiser.add_noise(images, noise, timesteps)
     with accelerator.autocast():
         with torch.no_grad(), adapter_scale(denoiser.model, 0):  # the teacher: the same module, adapter off
             base_noise_pred = denoiser.noise_pred(x_t, timesteps, labels)
-            if anchors is not None and config.plasticity == "hinge":
+            if anchors is not None:
                 anchor_noise_pred = denoiser.noise_pred(x_t[:half], timesteps[:half], anchors)
         noise_pred = denoiser.noise_pred(x_t, timesteps, labels, model=network)
     loss = objective.denoising_loss(noise_pred[:half], noise[:half])
     base_loss = objective.denoising_loss(base_noise_pred[:half], noise[:half])
+    if replaced is not None:
+        loss, base_loss = loss[~replaced], base_loss[~replaced]
     terms = {
         "stability": objective.stability(noise_pred[half:], base_noise_pred[half:], noise[half:]),
         "forget_ratio": objective.forget_ratio(loss, base_loss),

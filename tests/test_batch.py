@@ -1,0 +1,37 @@
+import torch
+from accelerate import Accelerator
+from conftest import tiny_unet
+from diffusers import DDPMScheduler
+
+from vdu_peft import UnlearnConfig
+from vdu_peft.batch import Batch, draw_batch
+from vdu_peft.classes import Classes
+from vdu_peft.data import ImageDataset
+from vdu_peft.denoiser import Denoiser
+
+
+def test_images_of_the_anchor_stand_in_for_half_of_those_that_are_redirected():
+    """Each for forget images of that anchor, under the forgotten label, at all timesteps; never the first, which tells
+    the forget ratio; and never under the null class, which redirects nothing."""
+    levels, anchors = torch.tensor([-0.6, -0.3, 0.3, 0.6]), torch.tensor([0, 2] * 4)
+    replay, replay_labels = levels.view(4, 1, 1, 1).expand(4, 1, 8, 8), torch.tensor([0, 2, 0, 3])
+    config = UnlearnConfig(null_class=3, train_batch_size=4)
+    classes = Classes(torch.ones(8, dtype=torch.int64), [0, 2, 3], anchors[:, None], 3)
+    denoiser = Denoiser(tiny_unet(num_class_embeds=4), DDPMScheduler())
+    forget_set, accelerator = ImageDataset(torch.ones(8, 1, 8, 8)), Accelerator()
+    torch.manual_seed(0)
+    batches = [
+        draw_batch(forget_set, replay, replay_labels, classes, config, denoiser, accelerator) for _ in range(500)
+    ]
+    rows = {name: torch.stack([getattr(batch, name) for batch in batches]) for name in Batch._fields}
+    replaced, anchor, label = rows["replaced"], rows["anchors"], rows["labels"][:, :4]
+    drawn = rows["images"][:, :4, 0, 0, 0]
+    assert torch.equal(replaced, drawn != 1) and not replaced[:, 0].any()
+    shown = {(a, round(level, 1)) for a, level in zip(anchor[replaced].tolist(), drawn[replaced].tolist(), strict=True)}
+    assert shown == {(0, -0.6), (2, -0.3), (0, 0.3)}
+    assert {*label[replaced].tolist()} == {1}
+    conditional = label[:, 1:] == 1
+    # A binomial share, so within four deviations of a half.
+    assert abs(replaced[:, 1:][conditional].float().mean() - 0.5) < 4 * 0.5 / conditional.sum().sqrt()
+    timesteps = rows["timesteps"][:, :4]
+    assert timesteps[replaced].min() < 50 and timesteps[~replaced].min() >= config.min_forget_timestep == 200
