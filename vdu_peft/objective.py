@@ -41,9 +41,9 @@ def redirect(
     """Where a conditional model goes instead: mean of ‖ε_θ − ε*_a‖² / ‖ε*_f − ε‖².
 
     ε*_a is the pre-trained model's prediction under the anchor, ε*_f that under the forgotten condition (concept
-    ablation, Kumari et al. 2023, here on real forget images). The hinge alone says only where not to go, and leaves
-    noise under the forgotten condition. Past the anchor, away from ε*_f as ESD's target is (Gandikota et al. 2023),
-    conditions that are near the forgotten one are lost with it.
+    ablation, Kumari et al. 2023, here on real forget images and on the model's own of the anchor). The hinge alone
+    says only where not to go, and leaves noise under the forgotten condition. Past the anchor, away from ε*_f as
+    ESD's target is (Gandikota et al. 2023), conditions that are near the forgotten one are lost with it.
     Predictions and noise (N, ...); ``conditional`` (N,) bool tells which images are shown under the forgotten
     condition, the others count 0. A scalar >= 0, in units of the pre-trained model's own error.
     """
