@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
-from vdu_peft.data import to_tensor
 from vdu_peft.demo import DemoImages, assets, demo_images
 from vdu_peft.denoiser import Denoiser
 from vdu_peft.judge import Judge
+from vdu_peft.pixels import to_tensor
 
 MODELS = Path(__file__).parent / "models"
 DATA = Path(__file__).parent / "data"

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from vdu_peft.data import to_tensor
 from vdu_peft.judge import AttributeJudge
+from vdu_peft.pixels import to_tensor
 
 
 def main(argv=None) -> None:

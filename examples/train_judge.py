@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from vdu_peft.data import to_tensor
 from vdu_peft.judge import Judge
+from vdu_peft.pixels import to_tensor
 
 
 def main(argv=None) -> None:

@@ -25,11 +25,10 @@ from benchmarks.relearning import relearn
 from benchmarks.task import Task
 from vdu_peft.adapter import load_adapter
 from vdu_peft.config import UnlearnConfig, VDUConfig
-from vdu_peft.data import to_tensor
 from vdu_peft.demo import base_denoiser, demo_images, demo_judge, demo_samples
 from vdu_peft.denoiser import Denoiser
-from vdu_peft.evaluation import to_pixels
 from vdu_peft.metrics import frechet_distance, pul_interval
+from vdu_peft.pixels import to_pixels, to_tensor
 from vdu_peft.trainer import lr_factor
 
 

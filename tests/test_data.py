@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vdu_peft.data import DataError, ImageDataset, ImageSource, check_images, to_tensor
+from vdu_peft.data import ImageDataset, ImageSource
+from vdu_peft.pixels import DataError, check_images, to_tensor
 
 
 def write_images(folder, names, size=(8, 8)):

@@ -14,10 +14,10 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from safetensors.torch import load_file
 
-from vdu_peft.data import DataError, to_tensor
 from vdu_peft.denoiser import Denoiser
 from vdu_peft.judge import AttributeJudge, JudgeError
 from vdu_peft.peft_range import PEFT_VERSIONS
+from vdu_peft.pixels import DataError, to_tensor
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))

@@ -14,9 +14,9 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from vdu_peft.denoiser import ModelError
-from vdu_peft.evaluation import to_pixels
 from vdu_peft.judge import AttributeJudge
 from vdu_peft.metrics import frechet_distance, kernel_distance
+from vdu_peft.pixels import to_pixels
 from vdu_peft.prompt_file import (
     EvaluationPrompt,
     PromptFileError,

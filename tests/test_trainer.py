@@ -17,9 +17,9 @@ from vdu_peft import UnlearnConfig, VDUConfig, unlearn
 from vdu_peft import replay as replay_module
 from vdu_peft.adapter import AdapterError, variational_layers
 from vdu_peft.config import ConfigError
-from vdu_peft.data import DataError
 from vdu_peft.denoiser import Denoiser, ModelError
 from vdu_peft.history import run_status, should_stop
+from vdu_peft.pixels import DataError
 from vdu_peft.replay import generate_replay
 from vdu_peft.trainer import UnlearnError, check_run, lr_factor
 

@@ -14,12 +14,12 @@ from vdu_peft.cli_draw import run_evaluate, run_sample
 from vdu_peft.cli_unlearn import run_demo_command, run_unlearn
 from vdu_peft.compose import compose
 from vdu_peft.config import ConfigError
-from vdu_peft.data import DataError
 from vdu_peft.denoiser import ModelError
 from vdu_peft.export import export_lora, merge
 from vdu_peft.hub import HubError, check_hub, push_to_hub
 from vdu_peft.judge import JudgeError
 from vdu_peft.options import parse
+from vdu_peft.pixels import DataError
 from vdu_peft.prompt_file import PromptFileError
 from vdu_peft.text_denoiser import open_denoiser
 from vdu_peft.trainer import UnlearnError

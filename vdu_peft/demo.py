@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from vdu_peft.config import UnlearnConfig, VDUConfig
-from vdu_peft.data import to_tensor
 from vdu_peft.denoiser import Denoiser
 from vdu_peft.evaluation import Report, evaluate, held_out_loss_gap, loss_plot
 from vdu_peft.judge import Judge
+from vdu_peft.pixels import to_tensor
 from vdu_peft.trainer import UnlearnResult, check_run, unlearn
 
 SAMPLE_STEPS = 25

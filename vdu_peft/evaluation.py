@@ -25,6 +25,7 @@ from vdu_peft.metrics import (
     retained_distance,
 )
 from vdu_peft.objective import denoising_loss
+from vdu_peft.pixels import to_pixels
 from vdu_peft.version import __version__
 
 LOSS_IMAGES, LOSS_TIMESTEPS = 100, 5
@@ -192,11 +193,6 @@ def held_out_loss_gap(
             noise_pred = denoiser.noise_pred(x_t, timesteps.to(denoiser.device), condition).cpu()
             losses[rows] += denoising_loss(noise_pred, noise[rows]) / LOSS_TIMESTEPS
     return loss_gap(losses, labels, forget_class)
-
-
-def to_pixels(images: torch.Tensor) -> torch.Tensor:
-    """Images in [-1, 1] as uint8, of the same shape."""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte()
 
 
 def image_grid(images: torch.Tensor, columns: int = 10, scale: int = 1) -> Image.Image:

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from vdu_peft.denoiser import ModelError
-from vdu_peft.evaluation import to_pixels
 from vdu_peft.judge import AttributeJudge
+from vdu_peft.pixels import to_pixels
 from vdu_peft.prompt_file import EvaluationPrompt
 
 # NudeNet's parts and threshold that erasing methods have counted on I2P since ESD.

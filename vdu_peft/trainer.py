@@ -21,9 +21,10 @@ from vdu_peft.checkpoint import check_resumable, load_checkpoint, run_options, s
 from vdu_peft.classes import Classes, check_labels, run_classes
 from vdu_peft.config import ConfigError, UnlearnConfig, VDUConfig
 from vdu_peft.contexts import adapter_scale, posterior_noise
-from vdu_peft.data import ImageDataset, check_images
+from vdu_peft.data import ImageDataset
 from vdu_peft.denoiser import Denoiser, as_denoiser
 from vdu_peft.history import WINDOW, recent, run_status, should_stop
+from vdu_peft.pixels import check_images
 from vdu_peft.replay import generate_replay
 from vdu_peft.terms import loss_terms
 

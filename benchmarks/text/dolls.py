@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vdu_peft.data import to_tensor
 from vdu_peft.judge import AttributeJudge
+from vdu_peft.pixels import to_tensor
 from vdu_peft.prompt_file import EvaluationPrompt, Target
 from vdu_peft.text_denoiser import TextDenoiser
 

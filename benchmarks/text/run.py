@@ -57,8 +57,8 @@ def ours(task: TextTask, variational: bool = True, **options) -> str:
     return result.status
 
 
-# Half the default's batch: the model is larger than the demo's, and quicker to forget. Its attributes lie close together,
-# and need more to hold them in place.
+# Half the default's batch: the model is larger than the demo's, and quicker to forget. Its attributes lie close
+# together, and need more to hold them in place.
 OURS = {"train_batch_size": 8, "max_train_steps": 300, "stability_weight": 16.0}
 METHODS = {
     "ours": (ours, OURS),
@@ -73,8 +73,8 @@ METHODS = {
     "uce": (uce, {"preserve_scale": 1.0, "ridge": 0.1}),
 }
 # Counts up when a method's code comes to do something else under the same options. 2: losses on the network's own
-# prediction; negative MSE trains part of the text encoder; the KL of ours is weighed per posterior weight. 3: ours learns
-# the redirection on images of the anchor, too.
+# prediction; negative MSE trains part of the text encoder; the KL of ours is weighed per posterior weight. 3: ours
+# learns the redirection on images of the anchor, too.
 REVISIONS = {"ours": 3, "ours-deterministic": 3, "esd-x": 2, "esd-u": 2, "spm": 2, "negative-mse": 2}
 
 

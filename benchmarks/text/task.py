@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from benchmarks.text.dolls import Dolls, Forgotten
-from vdu_peft.data import to_tensor
+from vdu_peft.pixels import to_tensor
 from vdu_peft.text_denoiser import TextDenoiser, anchor_prompts
 
 
