@@ -119,7 +119,7 @@ def pooled_interval(records: list[dict]) -> str:
 
 
 def class_table(records: list[dict], retrained: dict[tuple[str, int], float]) -> list[str]:
-    """One row per run, then for every number of forget images the mean, the median and the worst of each column."""
+    """One row per run; mean, median and worst of the runs of one number of forget images, where there are several."""
     columns = columns_of(records, retrained)
     rows = [
         "| class | images | seed | share before | after | PUL interval | " + " | ".join(columns) + " | outcome |",
@@ -132,6 +132,8 @@ def class_table(records: list[dict], retrained: dict[tuple[str, int], float]) ->
         rows.append("| " + " | ".join([*first, *cells, record["status"]]) + " |")
     for size in dict.fromkeys(images_of(record["spec"]) for record in records):
         of_size = [record for record in records if images_of(record["spec"]) == size]
+        if len(of_size) == 1:
+            continue
         for title, pick in {"mean": mean, "median": median, "worst": None}.items():
             cells = [
                 cell([value(r) for r in of_size], form, pick or (max if name in COSTS else min))

@@ -453,7 +453,8 @@ def test_a_table_of_one_method_sums_up_by_number_of_forget_images():
     rows = tables.class_table([record(8, 50.0), record(8, 60.0), record(8, 61.0), record(32, 90.0)], {})
     summaries = {tuple(cell.strip() for cell in row.split("|")[1:3]): row.split("|")[7].strip() for row in rows[6:]}
     assert summaries["mean", "8"] == "57.0" and summaries["median", "8"] == "60.0"
-    assert summaries["worst", "8"] == "50.0" and summaries["mean", "32"] == "90.0"
+    assert summaries["worst", "8"] == "50.0"
+    assert ("mean", "32") not in summaries  # of one run there is nothing to sum up
 
 
 def test_what_an_adapter_costs_is_measured_and_shown(tmp_path):
