@@ -251,10 +251,9 @@ class Denoiser:
     ) -> torch.Tensor:
         """What the frozen network sees in clean images, for telling kinds of images apart without labels.
 
-        The mid block's output at each timestep, pooled to 4 x 4, or the middle transformer block's mean over the image
-        tokens; of a network with neither, its predicted noise, pooled to 4 x 4. One fixed noise serves all images, so
-        that it cancels between them. A class-conditional network sees them all under the one ``class_label``, for the
-        same reason.
+        The mid block's channel means at each timestep, or the middle transformer block's; of a network with neither,
+        its predicted noise pooled to 4 x 4. One fixed noise serves all images, so that it cancels between them. A
+        class-conditional network sees them all under the one ``class_label``, for the same reason.
 
         Returns:
             float32 (N, F) on the CPU.
@@ -272,7 +271,7 @@ class Denoiser:
                     x_t = self.add_noise(batch, noise.expand_as(batch), steps.cpu()).to(self.device)
                     labels = None if class_label is None else torch.full_like(steps, class_label)
                     prediction = self.noise_pred(x_t, steps, labels)
-                    pooled = captured.pop() if hook else pooled_4x4(prediction)
+                    pooled = captured.pop() if hook else nn.functional.adaptive_avg_pool2d(prediction, 4).flatten(1)
                     columns.append(pooled.float().cpu())
                 rows.append(torch.cat(columns, dim=1))
         finally:
@@ -283,7 +282,7 @@ class Denoiser:
     def _middle(self):
         """The network's innermost block, and how its output becomes (N, channels)."""
         if hasattr(self.model, "mid_block"):
-            return self.model.mid_block, pooled_4x4
+            return self.model.mid_block, lambda out: out.mean((2, 3))
         if isinstance(self.model, (FluxTransformer2DModel, SD3Transformer2DModel)):
             # Their joint blocks give (text, image tokens (N, L, C)).
             return self.model.transformer_blocks[len(self.model.transformer_blocks) // 2], lambda out: out[1].mean(1)
@@ -295,11 +294,6 @@ class Denoiser:
             raise ModelError(f"{type(self.model).__name__} is not a diffusers model; save its state_dict yourself")
         pipeline, scheduler = self.sampled_by or (DDPMPipeline, self.scheduler)
         pipeline(self.model, scheduler).save_pretrained(folder, safe_serialization=True)
-
-
-def pooled_4x4(maps: torch.Tensor) -> torch.Tensor:
-    """(N, C, H, W) → (N, 16 C): what is where, coarsely."""
-    return nn.functional.adaptive_avg_pool2d(maps, 4).flatten(1)
 
 
 def in_turn(class_labels: Sequence[int], count: int) -> torch.Tensor:
