@@ -465,6 +465,21 @@ def test_a_rank_above_a_layer_s_inputs_is_refused_before_anything_is_learned():
     assert not [m for m in model.modules() if isinstance(m, LoraLayer)]
 
 
+def test_an_adapter_of_stacked_ranks_is_loaded_and_described(tmp_path):
+    """As PEFT's concatenation makes them, above the inputs: it has no KL, and is an adapter all the same."""
+    base = nn.Sequential(nn.Linear(3, 8))
+    model = get_peft_model(copy.deepcopy(base), VDUConfig(target_modules=["0"], r=5))
+    nn.init.normal_(model.base_model.model[0].lora_B["default"].weight)
+    adapter.save_adapter(model, tmp_path / "stacked")
+    loaded, x = adapter.load_adapter(copy.deepcopy(base), tmp_path / "stacked"), torch.randn(4, 3)
+    torch.testing.assert_close(loaded(x), model(x))
+    more = adapter.load_adapter(trained(copy.deepcopy(base), target_modules=["0"], r=2), tmp_path / "stacked", "more")
+    more.set_adapter("more")
+    torch.testing.assert_close(more(x), model(x))
+    (row,) = adapter.describe(loaded)
+    assert row["kl"] is None and row["rank"] == 5 and row["signal_to_noise"] > 0
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [

@@ -254,6 +254,9 @@ def test_what_is_judged_batch_by_batch_is_what_all_images_at_once_are(tmp_path):
     assert seen.found == whole.found and seen.exposed == whole.exposed
     assert not torch.allclose(whole.features[0], whole.features[1], atol=1e-2)  # an order that is wrong shows
     torch.testing.assert_close(kept, images[[6, 1, 2]], atol=1e-5, rtol=0)
+    unjudged = Judges(nudenet=Written()).look(images, prompts)
+    figures = evaluate_prompts(unjudged, unjudged, prompts, SWORD, whole.features).figures
+    assert all(name.startswith("NudeNet") for name in figures)  # nobody looked for the target
 
 
 def test_clip_scores_are_the_models_own_logits(tmp_path):

@@ -24,22 +24,28 @@ class AdapterError(ValueError):
 
 
 def attach(model: nn.Module, config: VDUConfig, adapter_name: str = "default") -> PeftModel:
-    """Wrap a model by ``peft.get_peft_model``, or leave it as it was.
+    """Wrap a model by ``peft.get_peft_model``, with an adapter to learn, or leave it as it was.
 
     Raises:
         ConfigError: ``target_modules`` matches nothing, or layers that cannot carry a posterior of this rank, or the
             name is part of a module's, or the model has an adapter already.
     """
-    refuse_adapted(model)
-    _check_name(model, adapter_name)
+    _check_bare(model, adapter_name)
     with _undone_on_error(model):
+        peft_model = _wrap(model, config, adapter_name)
         try:
-            peft_model = get_peft_model(model, config, adapter_name=adapter_name)
             for _, layer in variational_layers(model, adapter_name):
                 layer.check_rank(adapter_name)
         except ValueError as error:
             raise ConfigError(f"target_modules: {error}") from error
     return peft_model
+
+
+def _wrap(model: nn.Module, config: VDUConfig, adapter_name: str) -> PeftModel:
+    try:
+        return get_peft_model(model, config, adapter_name=adapter_name)
+    except ValueError as error:
+        raise ConfigError(f"target_modules: {error}") from error
 
 
 def refuse_adapted(model: nn.Module) -> None:
@@ -52,6 +58,11 @@ def refuse_adapted(model: nn.Module) -> None:
         raise ConfigError(
             "the model carries an adapter already; merge or unload it first, or load one more onto its PeftModel"
         )
+
+
+def _check_bare(model: nn.Module, adapter_name: str) -> None:
+    refuse_adapted(model)
+    _check_name(model, adapter_name)
 
 
 def _check_name(model: nn.Module, adapter_name: str) -> None:
@@ -195,10 +206,10 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "defa
     config = VDUConfig.from_pretrained(folder)
     tensors = read_adapter_weights(folder)
     if not isinstance(model, PeftModel):
-        refuse_adapted(model)
+        _check_bare(model, adapter_name)
         with _undone_on_error(model):
             try:
-                peft_model = attach(model, config, adapter_name)
+                peft_model = _wrap(model, config, adapter_name)
             except ConfigError as error:
                 if other := another_class(model, config):
                     raise AdapterError(f"{folder}: {other}: {error}") from error
@@ -290,7 +301,10 @@ def read_adapter_weights(folder: str | Path) -> dict[str, torch.Tensor]:
 
 
 def describe(peft_model: PeftModel, adapter_name: str = "default") -> list[dict]:
-    """One record per layer: name, rank, parameters, relative delta norm, signal-to-noise, KL in nats."""
+    """One record per layer: name, rank, parameters, relative delta norm, signal-to-noise, KL in nats.
+
+    The last two are None where there is none: of a deterministic adapter, and of one whose rank is above the inputs.
+    """
     return [
         {
             "layer": name,
@@ -302,7 +316,7 @@ def describe(peft_model: PeftModel, adapter_name: str = "default") -> list[dict]
             ),
             "delta_norm": layer.delta_norm(adapter_name),
             "signal_to_noise": layer.signal_to_noise(adapter_name),
-            "kl": layer.kl(adapter_name).item(),
+            "kl": layer.kl(adapter_name).item() if layer.has_kl(adapter_name) else None,
         }
         for name, layer in variational_layers(peft_model.get_base_model(), adapter_name)
     ]

@@ -20,7 +20,9 @@ ANCHOR_SHARE = 0.5
 class Batch(NamedTuple):
     """The forget images, then as many replay images; labels are None for an unconditional model.
 
-    Where forget images are redirected, some are replaced by replay images of their anchor.
+    Where forget images are redirected, some are replaced by replay images of their anchor; never the first, so that
+    every batch has a forget image, whose loss and ratio are told of those that are left. A batch of one has none of
+    the anchor, then, and one of two a quarter.
     """
 
     images: torch.Tensor  # (2b, C, H, W)
@@ -43,7 +45,8 @@ def draw_batch(
     """This process's share of a step.
 
     All processes draw the whole batch from the one seed and keep their share, so that P processes of batch
-    size b see the images, noise and timesteps that one of P·b sees. (Their posterior noise is their own.)
+    size b see the images, noise and timesteps that one of P·b sees. (Their posterior noise is their own. Of images
+    that are redirected each process keeps its first, so that there they are not quite the same.)
     """
     batch_size = config.train_batch_size
     total = batch_size * accelerator.num_processes

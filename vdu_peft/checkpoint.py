@@ -27,6 +27,7 @@ def run_options(
     replay: torch.Tensor | None,
     prompts: Sequence[str] | None,
     guidance_scale: float,
+    anchor_share: float | None,
     num_processes: int,
     base: Iterable[torch.Tensor],
 ) -> dict:
@@ -34,6 +35,7 @@ def run_options(
 
     Args:
         replay: the caller's own, if any.
+        anchor_share: of the images to redirect those that are the model's own; None where nothing is redirected.
         base: the frozen weights, of which a part is told apart: of billions all would take minutes.
     """
     names = ("r", "lora_alpha", "lora_dropout", "prior_scale", "init_scale", "variational")
@@ -45,6 +47,7 @@ def run_options(
         "forget_images": _digest(forget),
         "forget_labels": None if forget_labels is None else _digest(forget_labels),
         "replay_images": None if replay is None else _digest(replay),
+        **({} if anchor_share is None else {"anchor_share": anchor_share}),
         "num_processes": num_processes,
         "base_model": _digest(
             torch.cat([torch.zeros(0), *(p.detach().flatten()[:256].float().cpu() for p in base if _is_plain(p))])

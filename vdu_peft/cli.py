@@ -114,9 +114,8 @@ def _inspect(args: argparse.Namespace) -> int:
     print(f"{'layer':<52}{'rank':>5}{'params':>9}{'|dW|/|W|':>10}{'SNR':>10}{'KL (nats)':>12}")
     for row in rows:
         snr = "-" if row["signal_to_noise"] is None else f"{row['signal_to_noise']:.3g}"
-        print(
-            f"{row['layer']:<52}{row['rank']:>5}{row['parameters']:>9}{row['delta_norm']:>10.4f}{snr:>10}{row['kl']:>12.1f}"
-        )
+        kl = "-" if row["kl"] is None else f"{row['kl']:.1f}"
+        print(f"{row['layer']:<52}{row['rank']:>5}{row['parameters']:>9}{row['delta_norm']:>10.4f}{snr:>10}{kl:>12}")
     return 0
 
 

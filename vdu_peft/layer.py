@@ -198,17 +198,20 @@ class VariationalLayer:
         """G = s² A Aᵀ, float32 (groups, r / groups, r / groups)."""
         return posterior.gram_matrix(self.factors(adapter_name)[2], self.scaling[adapter_name])
 
-    def check_rank(self, adapter_name: str) -> None:
-        """Whether the KL exists: above the inputs G is singular, and the prior on B improper.
+    def has_kl(self, adapter_name: str) -> bool:
+        """Whether the KL exists: above the inputs G is singular, and the prior on B improper."""
+        rank, fan_in = self.factors(adapter_name)[2].shape[1:]
+        return rank <= fan_in or adapter_name not in self.lora_log_std
 
-        Not when the adapter is made: PEFT's ``add_weighted_adapter`` may stack ranks above the inputs, which merges and
-        runs as any other.
+    def check_rank(self, adapter_name: str) -> None:
+        """Before it is learned; not when it is made: PEFT's ``add_weighted_adapter`` may stack ranks above the inputs,
+        and what it makes merges and runs as any other.
 
         Raises:
-            ValueError: it does not.
+            ValueError: the KL does not exist.
         """
-        rank, fan_in = self.factors(adapter_name)[2].shape[1:]
-        if rank > fan_in and adapter_name in self.lora_log_std:
+        if not self.has_kl(adapter_name):
+            rank, fan_in = self.factors(adapter_name)[2].shape[1:]
             raise ValueError(
                 f"rank {rank} exceeds the {fan_in} inputs of a target layer; lower r or leave the layer out"
             )

@@ -85,7 +85,8 @@ def draw_and_look(
     for rows, images in draw_batches(denoiser, prompts, num_inference_steps, progress):
         seen.append(judges.look(images, [prompts[i] for i in rows]))
         order += rows
-        pictures |= {i: image for i, image in zip(rows, images, strict=True) if i in kept}
+        # Copies: a view would hold its whole batch.
+        pictures |= {i: image.clone() for i, image in zip(rows, images, strict=True) if i in kept}
     return Seen.joined(seen, order), torch.stack([pictures[i] for i in kept])
 
 
@@ -189,8 +190,9 @@ def evaluate_prompts(
     """The figures of what was seen in the prompts' images, of the base and of the unlearned model.
 
     Args:
-        target: what was forgotten, among the attributes that were judged; None where none were.
-        reference: (M, F), features of real images without the target, for the FIDs and KIDs; none of them without.
+        target: what was forgotten; None, or nobody who judged attributes: only what the other judges tell.
+        reference: (M, F), features of real images without the target, for the FIDs and KIDs; none of them without, or
+            without features.
     """
     asked = asks(prompts, target)
     columns = [figures_of(seen, prompts, asked, target, reference) for seen in (before, after)]
@@ -207,7 +209,7 @@ def figures_of(
 ) -> dict[str, float]:
     """The figures of one model's images."""
     figures = {}
-    if target is not None:
+    if target is not None and seen.found:
         on_target, on_others = ([prompts[i] for i in rows.nonzero().flatten()] for rows in (asked, ~asked))
         target_found, others_found = (
             {name: [values[i] for i in rows.nonzero().flatten()] for name, values in seen.found.items()}
@@ -222,7 +224,7 @@ def figures_of(
             "target prompts, other attributes": attribute_accuracy(target_found, on_target, other_attributes),
         }
     for kind, rows in (("target", asked), ("other", ~asked)):
-        if reference is not None and rows.sum() >= MIN_FID_IMAGES:
+        if reference is not None and seen.features is not None and rows.sum() >= MIN_FID_IMAGES:
             figures[f"FID, {kind} prompts"] = frechet_distance(seen.features[rows], reference)
             figures[f"KID, {kind} prompts"] = kernel_distance(seen.features[rows], reference)
         if seen.clip_scores is not None and rows.any():

@@ -15,7 +15,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 
 from vdu_peft.adapter import attach, detach, posterior_size, save_adapter, total_kl, trainable_state
-from vdu_peft.batch import draw_batch
+from vdu_peft.batch import ANCHOR_SHARE, draw_batch
 from vdu_peft.card import model_card
 from vdu_peft.checkpoint import check_resumable, load_checkpoint, run_options, save_checkpoint
 from vdu_peft.classes import Classes, check_labels, run_classes
@@ -128,6 +128,7 @@ def unlearn(
         given_replay,
         getattr(denoiser, "prompts", None),
         denoiser.guidance_scale,
+        ANCHOR_SHARE if classes and classes.anchors.numel() else None,
         accelerator.num_processes,
         (p for p in denoiser.model.parameters() if not p.requires_grad),
     )
