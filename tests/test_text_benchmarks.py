@@ -399,7 +399,7 @@ def check_attacks(folder, monkeypatch, capsys):
         assert attacks.main([*arguments, "ours"]) == 2
         assert "of another embedding_attack than" in capsys.readouterr().err
         # Nor is a model attacked that was made with other options than it would be now.
-        patch.setitem(text_run.REVISIONS, "ours", 3)
+        patch.setitem(text_run.REVISIONS, "ours", text_run.REVISIONS["ours"] + 1)
         file.rename(file.with_suffix(".kept"))
         assert attacks.main([*arguments, "ours"]) == 2
         assert "of another revision than" in capsys.readouterr().err
