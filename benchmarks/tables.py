@@ -36,12 +36,12 @@ Base `mnist` is the demo's model with its images (`vdu_peft/assets/mnist`): an u
 parameters, 2,700 real test images of the other digits for u-FID. Base `mnist16` is the same network at 16 x 16, which
 takes a third of the time, with all of MNIST's images; the judges see its samples and the real images at 28 x 28, by
 bicubic interpolation ([models](models/README.md)). PUL is the relative drop in the share of samples that a judge calls
-the digit: by LeNet-5, which we did not train, and by the demo's judge.
-The ratio is u-FID after unlearning (demo judge's features) over the base model's FID against all ten digits. It counts
-both what is not forgotten and what quality it cost: the untouched base is near 2, a model that lost the digit and
-nothing else near 1. "Least kept" is the smallest share of a retained digit after unlearning relative to before. "Over
-retrained" is u-FID over that of the same model trained without the class. Precision and recall are of the samples
-against the same real images; retained TV is the total variation between the other digits' proportions before and after.
+the digit: by LeNet-5, which we did not train, and by the demo's judge. The ratio is u-FID after unlearning (demo
+judge's features) over the base model's FID against all ten digits. It counts both what is not forgotten and what
+quality it cost: the untouched base is near 2, a model that lost the digit and nothing else near 1. "Least kept" is the
+smallest share of a retained digit after unlearning relative to before. "Over retrained" is u-FID over that of the same
+model trained without the class. Precision and recall are of the samples against the same real images; retained TV is
+the total variation between the other digits' proportions before and after.
 """
 
 
@@ -178,9 +178,7 @@ def method_table(
     columns = columns_of([record for records in found.values() for record in records], retrained)
     names = ["entry", "sees", "runs", *columns, "PUL interval", "trained", "CPU s/step", "CPU s", "MiB", "outcome"]
     rows = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
-    # The base is the same in all records of a class.
-    every = [record["report"] for records in found.values() for record in records]
-    untouched = [mean(r["u_fid_before"] for r in every), mean(r["u_fid_before"] / r["fid_before"] for r in every)]
+    untouched = untouched_base(found)
     rows.append(f"| untouched base | | | 0.0 | 0.0 | {untouched[0]:.1f} | {untouched[1]:.2f}" + " |" * (len(names) - 6))
     for entry, records in found.items():
         cells = [cell([value(r) for r in records], form) for value, form in columns.values()]
@@ -197,6 +195,12 @@ def method_table(
     return rows
 
 
+def untouched_base(found: dict[Entry, list[dict]]) -> tuple[float, float]:
+    """(u-FID, ratio) of the base, which is the same in all records of a class."""
+    reports = [record["report"] for records in found.values() for record in records]
+    return mean(r["u_fid_before"] for r in reports), mean(r["u_fid_before"] / r["fid_before"] for r in reports)
+
+
 def frontier_plot(found: dict[Entry, list[dict]], file: Path) -> None:
     """PUL against the u-FID ratio: better is up and left; the base itself is where all begin."""
     from matplotlib.figure import Figure
@@ -204,8 +208,7 @@ def frontier_plot(found: dict[Entry, list[dict]], file: Path) -> None:
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    reports = [record["report"] for records in found.values() for record in records]
-    start = mean(report["u_fid_before"] / report["fid_before"] for report in reports)
+    _, start = untouched_base(found)
     axes.plot(start, 0, "o", color="tab:gray")
     axes.annotate("untouched base", (start, 0), textcoords="offset points", xytext=(4, 3), fontsize=7)
     for entry, records in found.items():

@@ -32,20 +32,13 @@ def attach(model: nn.Module, config: VDUConfig, adapter_name: str = "default") -
     """
     _check_bare(model, adapter_name)
     with _undone_on_error(model):
-        peft_model = _wrap(model, config, adapter_name)
         try:
+            peft_model = get_peft_model(model, config, adapter_name=adapter_name)
             for _, layer in variational_layers(model, adapter_name):
                 layer.check_rank(adapter_name)
         except ValueError as error:
             raise ConfigError(f"target_modules: {error}") from error
     return peft_model
-
-
-def _wrap(model: nn.Module, config: VDUConfig, adapter_name: str) -> PeftModel:
-    try:
-        return get_peft_model(model, config, adapter_name=adapter_name)
-    except ValueError as error:
-        raise ConfigError(f"target_modules: {error}") from error
 
 
 def refuse_adapted(model: nn.Module) -> None:
@@ -209,11 +202,11 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "defa
         _check_bare(model, adapter_name)
         with _undone_on_error(model):
             try:
-                peft_model = _wrap(model, config, adapter_name)
-            except ConfigError as error:
+                peft_model = get_peft_model(model, config, adapter_name=adapter_name)
+            except ValueError as error:
                 if other := another_class(model, config):
-                    raise AdapterError(f"{folder}: {other}: {error}") from error
-                raise
+                    raise AdapterError(f"{folder}: {other}: target_modules: {error}") from error
+                raise ConfigError(f"target_modules: {error}") from error
             _check_fit(peft_model, tensors, adapter_name, folder)
     else:
         peft_model = model
@@ -303,7 +296,8 @@ def read_adapter_weights(folder: str | Path) -> dict[str, torch.Tensor]:
 def describe(peft_model: PeftModel, adapter_name: str = "default") -> list[dict]:
     """One record per layer: name, rank, parameters, relative delta norm, signal-to-noise, KL in nats.
 
-    The last two are None where there is none: of a deterministic adapter, and of one whose rank is above the inputs.
+    The signal-to-noise of a deterministic adapter is None, and so is the KL of one with more rank than a layer has
+    inputs.
     """
     return [
         {

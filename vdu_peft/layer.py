@@ -198,9 +198,14 @@ class VariationalLayer:
         """G = s² A Aᵀ, float32 (groups, r / groups, r / groups)."""
         return posterior.gram_matrix(self.factors(adapter_name)[2], self.scaling[adapter_name])
 
+    def rank_and_inputs(self, adapter_name: str) -> tuple[int, int]:
+        """Rows and columns of ``lora_A``, of one group."""
+        weight = self.lora_A[adapter_name].weight
+        return len(weight) // getattr(self.get_base_layer(), "groups", 1), weight.numel() // len(weight)
+
     def has_kl(self, adapter_name: str) -> bool:
-        """Whether the KL exists: above the inputs G is singular, and the prior on B improper."""
-        rank, fan_in = self.factors(adapter_name)[2].shape[1:]
+        """Whether the KL exists: with more rank than inputs G is singular, and the prior on B improper."""
+        rank, fan_in = self.rank_and_inputs(adapter_name)
         return rank <= fan_in or adapter_name not in self.lora_log_std
 
     def check_rank(self, adapter_name: str) -> None:
@@ -211,7 +216,7 @@ class VariationalLayer:
             ValueError: the KL does not exist.
         """
         if not self.has_kl(adapter_name):
-            rank, fan_in = self.factors(adapter_name)[2].shape[1:]
+            rank, fan_in = self.rank_and_inputs(adapter_name)
             raise ValueError(
                 f"rank {rank} exceeds the {fan_in} inputs of a target layer; lower r or leave the layer out"
             )
