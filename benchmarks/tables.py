@@ -19,6 +19,7 @@ from benchmarks.robustness import NAME as ROBUSTNESS
 from benchmarks.text.attacks import NAME as ATTACKS
 from benchmarks.text.run import NAME as TEXT
 from benchmarks.text.tables import attack_section, text_section
+from benchmarks.timesteps import NAME as TIMESTEPS
 from vdu_peft.metrics import pul_interval
 
 # Of a grid the best is what forgets most among those that keep u-FID below this multiple of the base's FID, or, when
@@ -383,6 +384,26 @@ def scale_plot(records: list[dict], file: Path) -> None:
     figure.savefig(file, dpi=100)
 
 
+def timesteps_section(records: list[dict]) -> list[str]:
+    """The denoising loss of models that never saw a digit, over the base model's, by timestep."""
+    digits = [str(record["digit"]) for record in records]
+    lines = [
+        "## Where it is decided what an image shows",
+        "",
+        f"`python -m benchmarks.timesteps --digits {' '.join(digits)}`: the denoising loss of a model trained without "
+        "the digit relative to the base model's, mean over real test images of the digit and of the others, "
+        f"{records[0]['num_images']} each; {provenance(records)}. From these come the timesteps at which forget images "
+        "are shown by default (`vdu_peft/schedule.py`).",
+        "",
+        "| timestep | " + " | ".join(f"{d}, its images | {d}, the others" for d in digits) + " |",
+        "|---" * (1 + 2 * len(digits)) + "|",
+    ]
+    for timestep in records[0]["ratios"]:
+        ratios = [record["ratios"][timestep][kind] for record in records for kind in ("forget", "retain")]
+        lines.append(f"| {timestep} | " + " | ".join(f"{value:.2f}" for value in ratios) + " |")
+    return [*lines, ""]
+
+
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experiments_dir", type=Path, default=EXPERIMENTS)
@@ -407,6 +428,7 @@ def main(argv=None) -> int:
     sections = {
         COMPOSITION: composition_section,
         ROBUSTNESS: lambda records: robustness_section(records, args.output_dir),
+        TIMESTEPS: timesteps_section,
         TEXT: text_section,
         ATTACKS: attack_section,
     }

@@ -4,7 +4,7 @@ from conftest import tiny_unet
 from diffusers import DDPMScheduler
 
 from vdu_peft import UnlearnConfig
-from vdu_peft.batch import Batch, draw_batch
+from vdu_peft.batch import HELD_SHARE, Batch, draw_batch, forget_timesteps
 from vdu_peft.classes import Classes
 from vdu_peft.data import ImageDataset
 from vdu_peft.denoiser import Denoiser
@@ -34,4 +34,35 @@ def test_images_of_the_anchor_stand_in_for_half_of_those_that_are_redirected():
     # A binomial share, so within four deviations of a half.
     assert abs(replaced[:, 1:][conditional].float().mean() - 0.5) < 4 * 0.5 / conditional.sum().sqrt()
     timesteps = rows["timesteps"][:, :4]
-    assert timesteps[replaced].min() < 50 and timesteps[~replaced].min() >= config.min_forget_timestep == 200
+    assert timesteps[replaced].min() < 50 and timesteps[~replaced].min() >= 200
+
+
+def test_an_unconditional_model_is_held_where_it_is_pushed():
+    """Forget images between the two timesteps; so many replay images more than evenly spread ones, and those at all."""
+    denoiser, config = Denoiser(tiny_unet(), DDPMScheduler()), UnlearnConfig(train_batch_size=8)
+    lowest, highest = forget_timesteps(config, denoiser, conditional=False)
+    assert (lowest, highest) == denoiser.schedule.deciding_timesteps(8)
+    images, accelerator = torch.zeros(4, 1, 8, 8), Accelerator()
+    torch.manual_seed(0)
+    batches = [draw_batch(ImageDataset(images), images, None, None, config, denoiser, accelerator) for _ in range(500)]
+    forget, replay = torch.stack([batch.timesteps for batch in batches]).split(8, dim=1)
+    assert forget.min() == lowest and forget.max() == highest - 1
+    within = ((replay >= lowest) & (replay < highest)).float().mean()
+    expected = HELD_SHARE + (1 - HELD_SHARE) * (highest - lowest) / 1000
+    # A binomial share of 4000, within four deviations.
+    assert abs(within - expected) < 4 * (expected * (1 - expected) / replay.numel()) ** 0.5
+    assert replay.min() < 10 and replay.max() > 980
+
+
+def test_timesteps_that_are_asked_for_win_and_the_elbo_has_all():
+    denoiser = Denoiser(tiny_unet(), DDPMScheduler())
+
+    def timesteps(conditional=False, **options):
+        return forget_timesteps(UnlearnConfig(**options), denoiser, conditional)
+
+    assert timesteps(plasticity="elbo") == (0, 1000)
+    assert timesteps(conditional=True) == (200, 1000)
+    assert timesteps(min_forget_timestep=300, max_forget_timestep=400) == (300, 400)
+    assert timesteps(plasticity="elbo", max_forget_timestep=400) == (0, 400)
+    # Beyond the other's default, all the way.
+    assert timesteps(min_forget_timestep=900) == (900, 1000) and timesteps(max_forget_timestep=2) == (0, 2)

@@ -14,7 +14,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from benchmarks import adapter_cost, composition, digits, robustness, run, tables
+from benchmarks import adapter_cost, composition, digits, robustness, run, tables, timesteps
 from benchmarks.baselines import erasediff, salun, selective_amnesia, siss, vdu
 from benchmarks.baselines.finetune import draw, finetune, gradients, loss, parameters
 from benchmarks.bases import BASES, Base, BaseError, as_judged
@@ -346,6 +346,28 @@ def small_base(tmp_path, monkeypatch):
     base = Base(tmp_path / "ddpm", "digits.npz")
     monkeypatch.setitem(BASES, "small", base)
     return base, arrays
+
+
+def test_a_model_trained_without_a_digit_is_told_from_the_base_by_timestep(small_base, tmp_path, monkeypatch):
+    """A retrained model that predicts no noise has a loss of ε's own square; the base here is trained on nothing."""
+    base, arrays = small_base
+    monkeypatch.setattr(timesteps, "BASE", base)
+    twin = UNet2DModel.from_pretrained(base.retrained(3) / "unet")
+    torch.nn.init.zeros_(twin.conv_out.weight)
+    twin.save_pretrained(base.retrained(3) / "unet")
+    folders = [f"--results_dir={tmp_path / 'results'}", f"--data_dir={tmp_path}"]
+    assert timesteps.main([*folders, "--digits", "3", "--num_images=4"]) == 0
+    record = json.loads((tmp_path / "results" / "timesteps" / "3.json").read_text())
+    denoiser, noise = base.denoiser(), torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(300))
+    of_three = torch.stack([to_tensor(arrays["test_images"][i], (16, 16), 1) for i in (3, 13, 23, 33)])
+    steps = torch.full((4,), 300)
+    with torch.no_grad():
+        off = denoiser.model(denoiser.add_noise(of_three, noise, steps), steps).sample - noise
+    expected = ((noise - twin.conv_out.bias.item()).square().mean((1, 2, 3)) / off.square().mean((1, 2, 3))).mean()
+    assert record["ratios"]["300"]["forget"] == pytest.approx(expected.item(), rel=1e-4)
+    assert tables.main([f"--results_dir={tmp_path / 'results'}", f"--output_dir={tmp_path}"]) == 0
+    assert f"| 300 | {record['ratios']['300']['forget']:.2f} |" in (tmp_path / "README.md").read_text()
+    assert timesteps.main([*folders, "--digits", "4"]) == 2
 
 
 def test_a_base_s_images_are_the_first_of_their_class(small_base, tmp_path):

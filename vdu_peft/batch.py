@@ -15,6 +15,11 @@ NULL_SHARE = 0.5
 # Share of the images to redirect that are the model's own of what shall be drawn instead: under the forgotten condition
 # sampling comes by both, and forget images alone leave it halfway.
 ANCHOR_SHARE = 0.5
+# Share of an unconditional model's replay images that are shown at the forget images' timesteps: where it is pushed, it
+# must be held.
+HELD_SHARE = 0.7
+# Lowest of 1000 where there is a condition. A redirection acts at all that are higher; below it only a loss is changed.
+MIN_CONDITIONAL_TIMESTEP = 200
 
 
 class Batch(NamedTuple):
@@ -56,8 +61,11 @@ def draw_batch(
     images = torch.stack([forget, replay[replay_indices]])  # (2, total, C, H, W)
     noise = torch.randn(images.shape)
     num_timesteps = denoiser.num_train_timesteps
-    lowest = config.min_forget_timestep * num_timesteps // 1000
-    timesteps = torch.stack([torch.randint(low, num_timesteps, (total,)) for low in (lowest, 0)])
+    lowest, highest = forget_timesteps(config, denoiser, conditional=classes is not None)
+    timesteps = torch.stack([torch.randint(lowest, highest, (total,)), torch.randint(num_timesteps, (total,))])
+    if classes is None:
+        held = torch.rand(total) < HELD_SHARE
+        timesteps[1, held] = torch.randint(lowest, highest, (int(held.sum()),))
     drawn = [images, noise, timesteps]
     if classes is not None:
         labels = torch.stack([classes.forget_labels[forget_indices], replay_labels[replay_indices]])
@@ -76,6 +84,25 @@ def draw_batch(
             drawn += [anchors[None], replaced[None]]
     share = slice(accelerator.process_index * batch_size, (accelerator.process_index + 1) * batch_size)
     return Batch(*(t[:, share].flatten(0, 1).to(accelerator.device) for t in drawn))
+
+
+def forget_timesteps(config: UnlearnConfig, denoiser: Denoiser, conditional: bool) -> tuple[int, int]:
+    """The least timestep at which forget images are shown, and the one after the greatest."""
+    num_timesteps = denoiser.num_train_timesteps
+    if config.plasticity == "elbo":  # a sum over all timesteps
+        lowest, highest = 0, num_timesteps
+    elif conditional:
+        lowest, highest = MIN_CONDITIONAL_TIMESTEP * num_timesteps // 1000, num_timesteps
+    else:
+        lowest, highest = denoiser.schedule.deciding_timesteps(max(denoiser.image_size))
+    # One that is asked for wins, and where it lies beyond the other's default, that goes all the way.
+    if config.min_forget_timestep is not None:
+        lowest = config.min_forget_timestep * num_timesteps // 1000
+        highest = highest if lowest < highest else num_timesteps
+    if config.max_forget_timestep is not None:
+        highest = config.max_forget_timestep * num_timesteps // 1000
+        lowest = lowest if lowest < highest else 0
+    return lowest, highest
 
 
 def draw_indices(size: int, count: int) -> list[int]:

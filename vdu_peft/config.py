@@ -163,8 +163,11 @@ class UnlearnConfig:
         kl_weight: weight of the KL (nats) per posterior weight: K is how many weights ``lora_B`` has. Not per element
             of the forget images, as beside a likelihood: the hinge is a ratio, in no nats, and then 20 images, or small
             ones, would be held by a prior so much stronger that nothing is learned.
-        min_forget_timestep: noise forget images at least to this timestep (of 1000). What an image shows is decided
-            in the noise; at lower timesteps a higher loss only makes samples noisy. 0 for the whole ELBO.
+        min_forget_timestep: noise forget images at least to this timestep (of 1000). When None, to where it is decided
+            what an image of the model's size shows: with less noise a higher loss only makes samples noisy, with more
+            everything else is lost as well. 200 for a model with a condition; 0 for plasticity ``elbo``.
+        max_forget_timestep: and to less than this one. When None, again where it is decided; 1000 for a model with a
+            condition, which is redirected at all noise levels, and for ``elbo``.
         forget_class: of a class-conditional model, the label under which it knows the forget images.
         anchor_class: what that label shall draw instead; when None, each time another label at random.
         null_class: the label that stands for no condition, where the model was trained with one: half of the
@@ -180,9 +183,12 @@ class UnlearnConfig:
         random_flip: mirror forget images at random.
         replay_size: how many images the pre-trained model draws of itself.
         replay_inference_steps: sampler steps for them.
-        replay_keep_quantile: replay images whose forget-likeness exceeds this quantile of the forget
-            images' own are dropped.
-        early_stopping: stop once the forget target holds; not with a condition, whose redirection has no target value.
+        replay_keep_quantile: replay images whose forget-likeness exceeds this quantile of the forget images' own are
+            dropped. When None, 1 for an unconditional model: as its samples are distributed, with the concept's own
+            share among them, they weigh against the forget images as in the loss of a model trained without those.
+            0.05 for a model with a condition, where the concept must not be held under other conditions.
+        early_stopping: once the forget target holds, let the learning rate fall to 0 over a fifth of
+            ``max_train_steps`` and stop; not with a condition, whose redirection has no target value.
         checkpointing_steps: save every so many steps; 0 never.
         report_to: tracker of accelerate, such as ``tensorboard``; None for none.
         seed: of everything random.
@@ -192,7 +198,8 @@ class UnlearnConfig:
     forget_target: float = 3.0
     stability_weight: float = 2.0
     kl_weight: float = 0.0125
-    min_forget_timestep: int = 200
+    min_forget_timestep: int | None = None
+    max_forget_timestep: int | None = None
     forget_class: int | None = None
     anchor_class: int | None = None
     null_class: int | None = None
@@ -206,7 +213,7 @@ class UnlearnConfig:
     random_flip: bool = False
     replay_size: int = 256
     replay_inference_steps: int = 25
-    replay_keep_quantile: float = 0.05
+    replay_keep_quantile: float | None = None
     early_stopping: bool = True
     checkpointing_steps: int = 0
     report_to: str | None = None
@@ -242,9 +249,12 @@ class UnlearnConfig:
             )
         if self.forget_class is not None and self.forget_class == self.anchor_class:
             raise ConfigError(f"forget_class {self.forget_class} cannot be its own anchor_class")
-        if not 0 <= self.min_forget_timestep < 1000:
-            raise ConfigError(f"min_forget_timestep must lie in 0 to 999, not {self.min_forget_timestep}")
+        lowest, highest = self.min_forget_timestep, self.max_forget_timestep
+        if lowest is not None and not 0 <= lowest < 1000:
+            raise ConfigError(f"min_forget_timestep must lie in 0 to 999, not {lowest}")
+        if highest is not None and not (lowest or 0) < highest <= 1000:
+            raise ConfigError(f"max_forget_timestep must lie in {(lowest or 0) + 1} to 1000, not {highest}")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed must lie in [0, 2**32), not {self.seed}")
-        if not 0 <= self.replay_keep_quantile <= 1:
+        if self.replay_keep_quantile is not None and not 0 <= self.replay_keep_quantile <= 1:
             raise ConfigError(f"replay_keep_quantile must lie in [0, 1], not {self.replay_keep_quantile}")

@@ -19,15 +19,21 @@ def recent(history: list[dict[str, float]], name: str) -> float:
     return sum(values) / len(values)
 
 
-def should_stop(history: list[dict[str, float]], config: UnlearnConfig) -> bool:
-    """The model is destroyed, or the forget target holds."""
-    if len(history) < WINDOW:
-        return False
-    if recent(history, "stability") > COLLAPSE:
-        return True
+def target_holds(history: list[dict[str, float]], config: UnlearnConfig) -> bool:
+    """Whether the forget target is met, over the last WINDOW steps."""
     # Under a condition the hinge is met long before the redirection, which has no target value of its own.
     bounded = config.plasticity == "hinge" and "redirect" not in history[-1]
-    return config.early_stopping and bounded and recent(history, "plasticity") < TARGET_TOLERANCE
+    return bounded and len(history) >= WINDOW and recent(history, "plasticity") < TARGET_TOLERANCE
+
+
+def steps_to_target(history: list[dict[str, float]], config: UnlearnConfig) -> int | None:
+    """After how many steps the forget target first held; None where it has not."""
+    return next((n for n in range(WINDOW, len(history) + 1) if target_holds(history[:n], config)), None)
+
+
+def collapsed(history: list[dict[str, float]]) -> bool:
+    """Whether the model is destroyed, over the last WINDOW steps."""
+    return len(history) >= WINDOW and recent(history, "stability") > COLLAPSE
 
 
 def run_status(history: list[dict[str, float]], config: UnlearnConfig) -> str:

@@ -1,4 +1,4 @@
-"""What to retain, without data: the pre-trained model's own samples, less those that look like the forget set."""
+"""What to retain, without data: the pre-trained model's own samples, less what looks like the forget set."""
 
 import logging
 from collections.abc import Sequence
@@ -16,6 +16,8 @@ FEATURE_TIMESTEPS = (100, 300, 500)  # of 1000
 # against generated, and generated images of the concept pass: at 0.01 it catches 10 to 32 % of them, at 1 it
 # catches 67 to 89 % (demo model, digits 1, 4, 7 and 8, 100 forget images, 256 samples).
 RIDGE = 1.0
+# Of a model with a condition: samples above this quantile of the forget images' scores are dropped.
+KEEP_QUANTILE = 0.05
 # Added to the run's seed: a report must not judge the very samples trained on.
 REPLAY_SEED = 7919
 
@@ -31,12 +33,12 @@ def generate_replay(
     class_labels: Sequence[int] = (),
     progress: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Sample the model as it stands and drop what looks like the forget set.
+    """Sample the model as it stands and drop, as far as is asked for, what looks like the forget set.
 
     Args:
         forget: (N_f, C, H, W), as the denoiser encodes them.
         num_images: how many to draw, before the filter.
-        keep_quantile: drop samples whose forget score exceeds this quantile of the forget images' scores.
+        keep_quantile: drop samples whose forget score exceeds this quantile of the forget images' scores; 1 keeps all.
         seed: of the sampler and the features' noise.
         class_labels: of a class-conditional model, the classes to draw, in turn.
 
@@ -52,6 +54,8 @@ def generate_replay(
         decode=False,
         progress="replay" if progress else None,
     )
+    if keep_quantile == 1:
+        return images, labels
     timesteps = [t * denoiser.num_train_timesteps // 1000 for t in FEATURE_TIMESTEPS]
     options = {"seed": seed, "class_label": class_labels[0] if class_labels else None}
     forget_score, sample_score = forget_scores(

@@ -23,9 +23,9 @@ from vdu_peft.config import ConfigError, UnlearnConfig, VDUConfig
 from vdu_peft.contexts import adapter_scale, posterior_noise
 from vdu_peft.data import ImageDataset
 from vdu_peft.denoiser import Denoiser, as_denoiser
-from vdu_peft.history import WINDOW, recent, run_status, should_stop
+from vdu_peft.history import WINDOW, collapsed, recent, run_status, steps_to_target, target_holds
 from vdu_peft.pixels import check_images
-from vdu_peft.replay import generate_replay
+from vdu_peft.replay import KEEP_QUANTILE, generate_replay
 from vdu_peft.terms import loss_terms
 
 
@@ -138,12 +138,15 @@ def unlearn(
             history = load_checkpoint(output_dir, parameters, optimizer, options)
         if replay is None:
             with adapter_scale(denoiser.model, 0), accelerator.autocast():
+                keep_quantile = KEEP_QUANTILE if classes else 1.0
+                if config.replay_keep_quantile is not None:
+                    keep_quantile = config.replay_keep_quantile
                 replay, replay_labels = generate_replay(
                     denoiser,
                     forget,
                     num_images=config.replay_size,
                     num_inference_steps=config.replay_inference_steps,
-                    keep_quantile=config.replay_keep_quantile,
+                    keep_quantile=keep_quantile,
                     seed=config.seed,
                     class_labels=classes.retained if classes else (),
                     progress=not bar_off,
@@ -159,12 +162,12 @@ def unlearn(
         accelerator.init_trackers("unlearn", config={k: v for k, v in asdict(config).items() if v is not None})
     bar = tqdm(total=config.max_train_steps, initial=len(history), desc="unlearn", disable=bar_off)
     with bar, _prepared(accelerator, denoiser.model, optimizer) as (network, optimizer):
-        while len(history) < config.max_train_steps and not should_stop(history, config):
-            step = len(history)
+        to_target = steps_to_target(history, config) if config.early_stopping else None
+        while (step := len(history)) < last_step(to_target, config.max_train_steps) and not collapsed(history):
             # Every step has its own seed, so that a resumed run draws what the uninterrupted one would have.
             set_seed((config.seed * 1_000_003 + step) % 2**32)
             for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * lr_factor(step, config.max_train_steps)
+                group["lr"] = config.learning_rate * lr_factor(step, config.max_train_steps, to_target)
             terms: dict[str, torch.Tensor] = {}
             for _ in range(config.gradient_accumulation_steps):
                 batch = draw_batch(forget_set, replay, replay_labels, classes, config, denoiser, accelerator)
@@ -197,6 +200,8 @@ def unlearn(
             optimizer.step()
             optimizer.zero_grad()
             history.append(record)
+            if config.early_stopping and to_target is None and target_holds(history, config):
+                to_target = len(history)
             bar.update()
             bar.set_postfix({name: f"{value:.3g}" for name, value in record.items()})
             if config.report_to:
@@ -270,13 +275,30 @@ def _accelerator(config: UnlearnConfig, output_dir: Path | None, dtype: torch.dt
     return accelerator
 
 
-def lr_factor(step: int, max_train_steps: int) -> float:
+def lr_factor(step: int, max_train_steps: int, to_target: int | None = None) -> float:
     """Linear warmup over a tenth of the run, then linear decay; of the step alone, so that resuming needs no state.
 
     Without the warmup Adam's first full steps, on a posterior mean of 0, can move the model by more than its error.
+    Once the forget target holds, after ``to_target`` steps, the rest of the decay is made at once: a model that is left
+    at a high rate draws noticeably worse images than one that has settled.
     """
     warmup = max(max_train_steps // 10, 1)
-    return min((step + 1) / warmup, (max_train_steps - step) / (max_train_steps - warmup + 1))
+    factor = min((step + 1) / warmup, (max_train_steps - step) / (max_train_steps - warmup + 1))
+    if to_target is None:
+        return factor
+    return factor * (1 - (step - to_target) / settling_steps(max_train_steps))
+
+
+def settling_steps(max_train_steps: int) -> int:
+    """How many steps a run goes on for, at a falling rate, once its forget target holds."""
+    return max(max_train_steps // 5, 1)
+
+
+def last_step(to_target: int | None, max_train_steps: int) -> int:
+    """How many steps the run has in all, as far as is known."""
+    if to_target is None:
+        return max_train_steps
+    return min(to_target + settling_steps(max_train_steps), max_train_steps)
 
 
 def _check_replay(

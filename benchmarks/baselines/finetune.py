@@ -11,7 +11,7 @@ from benchmarks.task import Outcome, Task
 from vdu_peft.batch import draw_indices
 from vdu_peft.config import UnlearnConfig
 from vdu_peft.objective import denoising_loss
-from vdu_peft.replay import generate_replay
+from vdu_peft.replay import KEEP_QUANTILE, generate_replay
 from vdu_peft.trainer import lr_factor
 
 Gradients = Sequence[torch.Tensor]
@@ -61,7 +61,7 @@ def retained(task: Task, source: str) -> torch.Tensor:
         task.forget,
         num_images=config.replay_size,
         num_inference_steps=config.replay_inference_steps,
-        keep_quantile=config.replay_keep_quantile,
+        keep_quantile=KEEP_QUANTILE,
         seed=task.seed,
     )
     return images
