@@ -195,8 +195,8 @@ class UnlearnConfig:
     """
 
     plasticity: Literal["hinge", "elbo"] = "hinge"
-    forget_target: float = 3.0
-    stability_weight: float = 2.0
+    forget_target: float = 2.0
+    stability_weight: float = 1.5
     kl_weight: float = 0.0125
     min_forget_timestep: int | None = None
     max_forget_timestep: int | None = None
