@@ -363,6 +363,20 @@ def test_help_has_an_example(command, capsys):
     assert stop.value.code == 0 and f"example:\n  vdu-peft {command}" in capsys.readouterr().out
 
 
+def test_help_explains_the_runs_options_in_the_docstrings_words(capsys):
+    with pytest.raises(SystemExit):
+        main(["unlearn", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for told in (
+        "--stability_weight STABILITY_WEIGHT weight of the function-space stability on self-generated replay. "
+        "Default: 1.5.",
+        "--max_forget_timestep MAX_FORGET_TIMESTEP and to less than this one. When",
+        "--seed SEED of everything random. Default: 0.",
+        "--rank RANK Rank of the adapter. Default: 4.",
+    ):
+        assert told in shown, told
+
+
 STOCK_SAMPLES = """
 import sys
 from diffusers import DDIMPipeline, DDPMPipeline

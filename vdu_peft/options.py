@@ -2,7 +2,9 @@
 
 import argparse
 import dataclasses
+import inspect
 import json
+import re
 import sys
 import typing
 from pathlib import Path
@@ -298,20 +300,32 @@ def _hub_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hub_model_id", help="repository to upload to; output_dir's name when left out")
 
 
+def _explained(config: type) -> dict[str, str]:
+    """What the docstring's ``Args`` say of every field: the one place where options are explained."""
+    _, args = inspect.getdoc(config).split("Args:\n")
+    entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", args, flags=re.MULTILINE)
+    return {name: " ".join(text.replace("``", "").split()) for name, text in entries}
+
+
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
     """One option for every field of UnlearnConfig, and the adapter's."""
     group = parser.add_argument_group("unlearning")
+    explained = _explained(UnlearnConfig)
     for field in dataclasses.fields(UnlearnConfig):
         kind, default = field.type, field.default
+        text = explained[field.name] + ("" if default is None else f" Default: {default}.")
+        options = {"default": default, "help": text.replace("%", "%%")}
         if kind is bool:
-            group.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, default=default)
+            group.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, **options)
         elif typing.get_origin(kind) is typing.Literal:
-            group.add_argument(f"--{field.name}", choices=typing.get_args(kind), default=default)
+            group.add_argument(f"--{field.name}", choices=typing.get_args(kind), **options)
         else:
             kind = next(t for t in (typing.get_args(kind) or (kind,)) if t is not type(None))  # int | None: int
-            group.add_argument(f"--{field.name}", type=kind, default=default, help=f"default {default}")
+            group.add_argument(f"--{field.name}", type=kind, **options)
     group = parser.add_argument_group("adapter")
     for option, name in ADAPTER_OPTIONS.items():
         field = VDUConfig.__dataclass_fields__[name]
-        group.add_argument(f"--{option}", type=field.type, default=field.default, help=f"default {field.default}")
-    group.add_argument("--variational", action=argparse.BooleanOptionalAction, default=True)
+        text = f"{field.metadata['help']} Default: {field.default}."
+        group.add_argument(f"--{option}", type=field.type, default=field.default, help=text)
+    text = VDUConfig.__dataclass_fields__["variational"].metadata["help"]
+    group.add_argument("--variational", action=argparse.BooleanOptionalAction, default=True, help=text)
