@@ -28,8 +28,8 @@ from vdu_peft.trainer import UnlearnError, unlearn
 def vdu_peft(task: Task, adapter: dict | None = None, replay_filter: str = "ours", **options) -> Outcome:
     """This package, from the forget images alone; options of UnlearnConfig, ``adapter`` those of VDUConfig.
 
-    With the ``replay_filter`` "oracle" the demo's judge takes the forget images' digit out of the replay, in place of
-    our filter; with "off" nothing does.
+    With the ``replay_filter`` "oracle" the demo's judge takes the forget images' digit out of the replay; with "off"
+    nothing does, whatever the ``replay_keep_quantile``.
     """
     config = UnlearnConfig(
         max_train_steps=task.max_train_steps, train_batch_size=task.train_batch_size, seed=task.seed, **options

@@ -64,5 +64,9 @@ def test_timesteps_that_are_asked_for_win_and_the_elbo_has_all():
     assert timesteps(conditional=True) == (200, 1000)
     assert timesteps(min_forget_timestep=300, max_forget_timestep=400) == (300, 400)
     assert timesteps(plasticity="elbo", max_forget_timestep=400) == (0, 400)
+    short = Denoiser(tiny_unet(), DDPMScheduler(num_train_timesteps=100))
+    asked = UnlearnConfig(min_forget_timestep=950, max_forget_timestep=955)
+    assert forget_timesteps(asked, short, conditional=False) == (95, 96)
+    assert forget_timesteps(UnlearnConfig(max_forget_timestep=5), short, conditional=False) == (0, 1)
     # Beyond the other's default, all the way.
     assert timesteps(min_forget_timestep=900) == (900, 1000) and timesteps(max_forget_timestep=2) == (0, 2)

@@ -100,6 +100,9 @@ def test_resume_refuses_what_does_not_fit(pipeline_folder, forget, tmp_path):
     unlearn(pipeline_folder, forget, config, output_dir=tmp_path / "out")
     with pytest.raises(AdapterError, match="learning_rate=0.00"):
         unlearn(pipeline_folder, forget, replace(config, learning_rate=1.0), output_dir=tmp_path / "out", resume=True)
+    with pytest.raises(AdapterError, match="early_stopping=True"):  # it sets the learning rate
+        changed = replace(config, early_stopping=False)
+        unlearn(pipeline_folder, forget, changed, output_dir=tmp_path / "out", resume=True)
     denoiser = Denoiser.from_pretrained(pipeline_folder)
     with pytest.raises(AdapterError, match="written with r=4, not 2"):
         adapter = VDUConfig.for_model(denoiser.model, r=2)
@@ -197,7 +200,7 @@ def test_silent_failures_are_reported(pipeline_folder, forget):
     assert wrecked.status == "collapsed" and wrecked.failed and len(wrecked.history) < 200
 
 
-@pytest.mark.parametrize("ratio, status", [(1.0, "nothing learned"), (1.5, "partly forgotten"), (2.5, "forgotten")])
+@pytest.mark.parametrize("ratio, status", [(1.0, "nothing learned"), (1.4, "partly forgotten"), (1.6, "forgotten")])
 def test_status(ratio, status):
     start = {"forget_ratio": 1.0, "stability": 0.1}
     history = [start, *[{"forget_ratio": ratio, "stability": 0.1}] * 30]
@@ -221,7 +224,9 @@ def test_a_run_settles_and_stops_once_its_target_holds(pipeline_folder, forget, 
     config = replace(FAST, forget_target=1.02, learning_rate=1e-6, max_train_steps=30, train_batch_size=2)
     result = unlearn(pipeline_folder, forget, config, output_dir=tmp_path)
     assert len(result.history) == 26
-    assert len(unlearn(pipeline_folder, forget, replace(config, early_stopping=False)).history) == 30
+    longer = unlearn(pipeline_folder, forget, replace(config, early_stopping=False)).history
+    # The same until the target held, 20 steps, and in the first of those that settle, whose rate is the same still.
+    assert len(longer) == 30 and longer[:21] == result.history[:21] and longer[22] != result.history[22]
     # Cut off while it settles, a run ends as it would have.
     interrupted = {"output_dir": tmp_path / "interrupted"}
 
@@ -460,7 +465,7 @@ def test_replay_of_a_class_conditional_model_has_every_class_but_the_forgotten_o
         forget,
         num_images=12,
         num_inference_steps=2,
-        keep_quantile=1.0,
+        keep_quantile=0.99,
         seed=0,
         class_labels=[0, 2, 3],
     )

@@ -38,6 +38,13 @@ class Batch(NamedTuple):
     replaced: torch.Tensor | None = None  # (b,) bool, where an image of the anchor stands in for a forget image
 
 
+def batch_shares(classes: Classes | None) -> dict[str, float]:
+    """The shares above that a run of these classes uses, by name."""
+    if classes is None:
+        return {"held_share": HELD_SHARE}
+    return {"anchor_share": ANCHOR_SHARE} if classes.anchors.numel() else {}
+
+
 def draw_batch(
     forget_set: ImageDataset,
     replay: torch.Tensor,
@@ -95,14 +102,15 @@ def forget_timesteps(config: UnlearnConfig, denoiser: Denoiser, conditional: boo
         lowest, highest = MIN_CONDITIONAL_TIMESTEP * num_timesteps // 1000, num_timesteps
     else:
         lowest, highest = denoiser.schedule.deciding_timesteps(max(denoiser.image_size))
-    # One that is asked for wins, and where it lies beyond the other's default, that goes all the way.
+    # What is asked for wins, and where it lies beyond the other's default, that goes all the way.
     if config.min_forget_timestep is not None:
         lowest = config.min_forget_timestep * num_timesteps // 1000
         highest = highest if lowest < highest else num_timesteps
     if config.max_forget_timestep is not None:
         highest = config.max_forget_timestep * num_timesteps // 1000
-        lowest = lowest if lowest < highest else 0
-    return lowest, highest
+        if config.min_forget_timestep is None and lowest >= highest:
+            lowest = 0
+    return lowest, max(highest, lowest + 1)  # a short schedule may have no timestep between the two
 
 
 def draw_indices(size: int, count: int) -> list[int]:

@@ -16,7 +16,7 @@ from vdu_peft.config import UnlearnConfig, VDUConfig
 CHECKPOINT_NAME = "checkpoint.safetensors"
 
 # What may differ between the interrupted run and its resumption.
-_RESUMABLE = ("checkpointing_steps", "report_to", "early_stopping")
+_RESUMABLE = ("checkpointing_steps", "report_to")
 
 
 def run_options(
@@ -27,7 +27,7 @@ def run_options(
     replay: torch.Tensor | None,
     prompts: Sequence[str] | None,
     guidance_scale: float,
-    anchor_share: float | None,
+    shares: dict[str, float],
     num_processes: int,
     base: Iterable[torch.Tensor],
 ) -> dict:
@@ -35,7 +35,7 @@ def run_options(
 
     Args:
         replay: the caller's own, if any.
-        anchor_share: of the images to redirect those that are the model's own; None where nothing is redirected.
+        shares: of a batch's images, by name, where they are no options: checkpoints of other ones are not resumed.
         base: the frozen weights, of which a part is told apart: of billions all would take minutes.
     """
     names = ("r", "lora_alpha", "lora_dropout", "prior_scale", "init_scale", "variational")
@@ -47,7 +47,7 @@ def run_options(
         "forget_images": _digest(forget),
         "forget_labels": None if forget_labels is None else _digest(forget_labels),
         "replay_images": None if replay is None else _digest(replay),
-        **({} if anchor_share is None else {"anchor_share": anchor_share}),
+        **shares,
         "num_processes": num_processes,
         "base_model": _digest(
             torch.cat([torch.zeros(0), *(p.detach().flatten()[:256].float().cpu() for p in base if _is_plain(p))])

@@ -184,11 +184,11 @@ class UnlearnConfig:
         replay_size: how many images the pre-trained model draws of itself.
         replay_inference_steps: sampler steps for them.
         replay_keep_quantile: replay images whose forget-likeness exceeds this quantile of the forget images' own are
-            dropped. When None, 1 for an unconditional model: as its samples are distributed, with the concept's own
-            share among them, they weigh against the forget images as in the loss of a model trained without those.
-            0.05 for a model with a condition, where the concept must not be held under other conditions.
+            dropped; 1 keeps all. When None, 1 for an unconditional model: as its samples are distributed, with the
+            concept's own share among them, they weigh against the forget images as in the loss of a model trained
+            without those. 0.05 for a model with a condition, where the concept must not be held under other conditions.
         early_stopping: once the forget target holds, let the learning rate fall to 0 over a fifth of
-            ``max_train_steps`` and stop; not with a condition, whose redirection has no target value.
+            ``max_train_steps`` and stop; not where a class or prompt is redirected, which has no target value.
         checkpointing_steps: save every so many steps; 0 never.
         report_to: tracker of accelerate, such as ``tensorboard``; None for none.
         seed: of everything random.

@@ -302,8 +302,8 @@ def _hub_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _explained(config: type) -> dict[str, str]:
     """What the docstring's ``Args`` say of every field: the one place where options are explained."""
-    _, args = inspect.getdoc(config).split("Args:\n")
-    entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", args, flags=re.MULTILINE)
+    # Without docstrings (python -OO) there is nothing to find.
+    entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", inspect.getdoc(config) or "", flags=re.MULTILINE)
     return {name: " ".join(text.replace("``", "").split()) for name, text in entries}
 
 
@@ -313,7 +313,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     explained = _explained(UnlearnConfig)
     for field in dataclasses.fields(UnlearnConfig):
         kind, default = field.type, field.default
-        text = explained[field.name] + ("" if default is None else f" Default: {default}.")
+        text = explained.get(field.name, "") + ("" if default is None else f" Default: {default}.")
         options = {"default": default, "help": text.replace("%", "%%")}
         if kind is bool:
             group.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, **options)

@@ -1,4 +1,4 @@
-"""What to retain, without data: the pre-trained model's own samples, less what looks like the forget set."""
+"""What to retain, without data: the pre-trained model's own samples, all or less what looks like the forget set."""
 
 import logging
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ FEATURE_TIMESTEPS = (100, 300, 500)  # of 1000
 # against generated, and generated images of the concept pass: at 0.01 it catches 10 to 32 % of them, at 1 it
 # catches 67 to 89 % (demo model, digits 1, 4, 7 and 8, 100 forget images, 256 samples).
 RIDGE = 1.0
-# Of a model with a condition: samples above this quantile of the forget images' scores are dropped.
+# What looks like the forget set: samples above this quantile of the forget images' scores.
 KEEP_QUANTILE = 0.05
 # Added to the run's seed: a report must not judge the very samples trained on.
 REPLAY_SEED = 7919

@@ -15,7 +15,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 
 from vdu_peft.adapter import attach, detach, posterior_size, save_adapter, total_kl, trainable_state
-from vdu_peft.batch import ANCHOR_SHARE, draw_batch
+from vdu_peft.batch import batch_shares, draw_batch
 from vdu_peft.card import model_card
 from vdu_peft.checkpoint import check_resumable, load_checkpoint, run_options, save_checkpoint
 from vdu_peft.classes import Classes, check_labels, run_classes
@@ -43,7 +43,7 @@ class UnlearnResult:
         history: one record per optimizer step: loss, plasticity, stability, kl (nats), forget_ratio; redirect, too,
             where the forgotten class is not the null class.
         status: ``forgotten``, ``partly forgotten``, ``nothing learned`` or ``collapsed``.
-        num_replay: replay images kept by the filter.
+        num_replay: how many replay images were kept.
         trained_parameters: adapter parameters that the optimizer saw.
     """
 
@@ -128,7 +128,7 @@ def unlearn(
         given_replay,
         getattr(denoiser, "prompts", None),
         denoiser.guidance_scale,
-        ANCHOR_SHARE if classes and classes.anchors.numel() else None,
+        batch_shares(classes),
         accelerator.num_processes,
         (p for p in denoiser.model.parameters() if not p.requires_grad),
     )
@@ -276,11 +276,11 @@ def _accelerator(config: UnlearnConfig, output_dir: Path | None, dtype: torch.dt
 
 
 def lr_factor(step: int, max_train_steps: int, to_target: int | None = None) -> float:
-    """Linear warmup over a tenth of the run, then linear decay; of the step alone, so that resuming needs no state.
+    """Linear warmup over a tenth of the run, then linear decay; of the history alone, so that resuming needs no state.
 
     Without the warmup Adam's first full steps, on a posterior mean of 0, can move the model by more than its error.
-    Once the forget target holds, after ``to_target`` steps, the rest of the decay is made at once: a model that is left
-    at a high rate draws noticeably worse images than one that has settled.
+    Once the forget target holds, after ``to_target`` steps, the rest of the decay is made in a fifth of the run: a
+    model that is left at a high rate draws noticeably worse images than one that has settled.
     """
     warmup = max(max_train_steps // 10, 1)
     factor = min((step + 1) / warmup, (max_train_steps - step) / (max_train_steps - warmup + 1))

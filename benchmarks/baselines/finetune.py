@@ -50,7 +50,7 @@ def gradients(value: torch.Tensor, task: Task) -> Gradients:
 
 
 def retained(task: Task, source: str) -> torch.Tensor:
-    """What a method retains by: its own ``replay``, as our method draws it, or ``real`` images."""
+    """What a method retains by: its own ``replay``, less what looks like the forget images, or ``real`` images."""
     if source == "real":
         return task.retain
     if source != "replay":
