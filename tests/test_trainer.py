@@ -200,7 +200,7 @@ def test_silent_failures_are_reported(pipeline_folder, forget):
     assert wrecked.status == "collapsed" and wrecked.failed and len(wrecked.history) < 200
 
 
-@pytest.mark.parametrize("ratio, status", [(1.0, "nothing learned"), (1.4, "partly forgotten"), (1.6, "forgotten")])
+@pytest.mark.parametrize("ratio, status", [(1.0, "nothing learned"), (1.5, "partly forgotten"), (2.5, "forgotten")])
 def test_status(ratio, status):
     start = {"forget_ratio": 1.0, "stability": 0.1}
     history = [start, *[{"forget_ratio": ratio, "stability": 0.1}] * 30]

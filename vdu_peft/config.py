@@ -195,9 +195,9 @@ class UnlearnConfig:
     """
 
     plasticity: Literal["hinge", "elbo"] = "hinge"
-    forget_target: float = 2.0
-    stability_weight: float = 1.5
-    kl_weight: float = 0.0125
+    forget_target: float = 3.0
+    stability_weight: float = 1.0
+    kl_weight: float = 0.0005
     min_forget_timestep: int | None = None
     max_forget_timestep: int | None = None
     forget_class: int | None = None
