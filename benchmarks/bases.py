@@ -48,6 +48,14 @@ class Base:
         """Folder of the model that was trained without the class."""
         return self.folder.parent / f"retrained-{forget_class}"
 
+    def digest_beside_retrained(self, forget_class: int) -> str:
+        """Which trained weights a measurement is of that compares the base with the model without the class.
+
+        Raises:
+            BaseError: they are not there.
+        """
+        return f"{self.digest}, retrained {weights_digest(self.retrained(forget_class))}"
+
     def images(
         self, forget_class: int, num_forget_images: int | None, denoiser: Denoiser, data_dir: Path
     ) -> DemoImages:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
-from benchmarks.bases import BASES, Base, weights_digest
+from benchmarks.bases import BASES, Base
 from benchmarks.methods import METHODS, method_options
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
@@ -57,7 +57,7 @@ class Run:
         """
         if self.entry.method != "retrained":
             return self.base.digest
-        return f"{self.base.digest}, retrained {weights_digest(self.base.retrained(self.forget_class))}"
+        return self.base.digest_beside_retrained(self.forget_class)
 
     @property
     def spec(self) -> dict:

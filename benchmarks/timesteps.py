@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.bases import BASES, DATA, BaseError, weights_digest
+from benchmarks.bases import BASES, DATA, BaseError
 from benchmarks.experiment import RESULTS
 from benchmarks.results import write_result
 from benchmarks.run import code_version, environment
@@ -35,7 +35,7 @@ def loss_ratio(retrained: Denoiser, base: Denoiser, images: torch.Tensor, timest
 
 
 def measure(digit: int, num_images: int, data_dir: Path, commit: str) -> dict:
-    base_model = f"{BASE.digest}, retrained {weights_digest(BASE.retrained(digit))}"
+    base_model = BASE.digest_beside_retrained(digit)  # first: it says what is missing
     base, retrained = BASE.denoiser(), Denoiser.from_pretrained(BASE.retrained(digit)).to_best_device()
     real = BASE.images(digit, None, base, data_dir)
     forget = real.reference[real.reference_labels == digit][:num_images]

@@ -32,6 +32,7 @@ ALLOWED = {
     "checkpoint": {"adapter", "config"},
     "classes": {"config", "denoiser"},
     "history": {"config"},
+    "learning_rate": set(),
     "batch": {"classes", "config", "data", "denoiser"},
     "terms": {"batch", "config", "contexts", "denoiser", "objective"},
     "trainer": {
@@ -41,6 +42,7 @@ ALLOWED = {
         "checkpoint",
         "classes",
         "history",
+        "learning_rate",
         "config",
         "data",
         "contexts",

@@ -27,9 +27,9 @@ from vdu_peft.adapter import load_adapter
 from vdu_peft.config import UnlearnConfig, VDUConfig
 from vdu_peft.demo import base_denoiser, demo_images, demo_judge, demo_samples
 from vdu_peft.denoiser import Denoiser
+from vdu_peft.learning_rate import lr_factor
 from vdu_peft.metrics import frechet_distance, pul_interval
 from vdu_peft.pixels import to_pixels, to_tensor
-from vdu_peft.trainer import lr_factor
 
 
 class Scaled(nn.Module):

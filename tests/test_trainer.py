@@ -19,9 +19,10 @@ from vdu_peft.adapter import AdapterError, variational_layers
 from vdu_peft.config import ConfigError
 from vdu_peft.denoiser import Denoiser, ModelError
 from vdu_peft.history import collapsed, run_status, steps_to_target
+from vdu_peft.learning_rate import lr_factor
 from vdu_peft.pixels import DataError
 from vdu_peft.replay import generate_replay
-from vdu_peft.trainer import UnlearnError, check_run, lr_factor
+from vdu_peft.trainer import UnlearnError, check_run
 
 FAST = UnlearnConfig(max_train_steps=6, train_batch_size=4, replay_size=8, replay_inference_steps=2)
 
@@ -217,6 +218,7 @@ def test_a_run_settles_and_stops_once_its_target_holds(pipeline_folder, forget, 
 
     assert first_held({"plasticity": 0.04}) == 50 and first_held({"plasticity": 0.06}) is None
     assert first_held({"plasticity": 0.04}, steps=19) is None  # too few to tell
+    assert first_held({"plasticity": 0.04}, early_stopping=False) is None
     assert first_held({"plasticity": 0.04}, plasticity="elbo") is None  # which has no target
     assert first_held({"plasticity": 0.04, "redirect": 0.5}) is None  # nor has a redirection
     assert collapsed([{"stability": 1.1}] * 20) and not collapsed([{"stability": 1.1}] * 19)

@@ -20,10 +20,15 @@ def recent(history: list[dict[str, float]], name: str) -> float:
 
 
 def target_holds(history: list[dict[str, float]], config: UnlearnConfig) -> bool:
-    """Whether the forget target is met, over the last WINDOW steps."""
+    """Whether the forget target is met, over the last WINDOW steps, and the run shall end early for it."""
     # Under a condition the hinge is met long before the redirection, which has no target value of its own.
     bounded = config.plasticity == "hinge" and "redirect" not in history[-1]
-    return bounded and len(history) >= WINDOW and recent(history, "plasticity") < TARGET_TOLERANCE
+    return (
+        config.early_stopping
+        and bounded
+        and len(history) >= WINDOW
+        and recent(history, "plasticity") < TARGET_TOLERANCE
+    )
 
 
 def steps_to_target(history: list[dict[str, float]], config: UnlearnConfig) -> int | None:

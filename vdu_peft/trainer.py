@@ -24,6 +24,7 @@ from vdu_peft.contexts import adapter_scale, posterior_noise
 from vdu_peft.data import ImageDataset
 from vdu_peft.denoiser import Denoiser, as_denoiser
 from vdu_peft.history import WINDOW, collapsed, recent, run_status, steps_to_target, target_holds
+from vdu_peft.learning_rate import last_step, lr_factor
 from vdu_peft.pixels import check_images
 from vdu_peft.replay import KEEP_QUANTILE, generate_replay
 from vdu_peft.terms import loss_terms
@@ -162,7 +163,7 @@ def unlearn(
         accelerator.init_trackers("unlearn", config={k: v for k, v in asdict(config).items() if v is not None})
     bar = tqdm(total=config.max_train_steps, initial=len(history), desc="unlearn", disable=bar_off)
     with bar, _prepared(accelerator, denoiser.model, optimizer) as (network, optimizer):
-        to_target = steps_to_target(history, config) if config.early_stopping else None
+        to_target = steps_to_target(history, config)
         while (step := len(history)) < last_step(to_target, config.max_train_steps) and not collapsed(history):
             # Every step has its own seed, so that a resumed run draws what the uninterrupted one would have.
             set_seed((config.seed * 1_000_003 + step) % 2**32)
@@ -200,7 +201,7 @@ def unlearn(
             optimizer.step()
             optimizer.zero_grad()
             history.append(record)
-            if config.early_stopping and to_target is None and target_holds(history, config):
+            if to_target is None and target_holds(history, config):
                 to_target = len(history)
             bar.update()
             bar.set_postfix({name: f"{value:.3g}" for name, value in record.items()})
@@ -273,32 +274,6 @@ def _accelerator(config: UnlearnConfig, output_dir: Path | None, dtype: torch.dt
     if config.report_to and not accelerator.log_with:  # accelerate leaves out a tracker that is not installed
         raise ConfigError(f"report_to {config.report_to}: its package is not installed; install it, or leave it out")
     return accelerator
-
-
-def lr_factor(step: int, max_train_steps: int, to_target: int | None = None) -> float:
-    """Linear warmup over a tenth of the run, then linear decay; of the history alone, so that resuming needs no state.
-
-    Without the warmup Adam's first full steps, on a posterior mean of 0, can move the model by more than its error.
-    Once the forget target holds, after ``to_target`` steps, the rest of the decay is made in a fifth of the run: a
-    model that is left at a high rate draws noticeably worse images than one that has settled.
-    """
-    warmup = max(max_train_steps // 10, 1)
-    factor = min((step + 1) / warmup, (max_train_steps - step) / (max_train_steps - warmup + 1))
-    if to_target is None:
-        return factor
-    return factor * (1 - (step - to_target) / settling_steps(max_train_steps))
-
-
-def settling_steps(max_train_steps: int) -> int:
-    """How many steps a run goes on for, at a falling rate, once its forget target holds."""
-    return max(max_train_steps // 5, 1)
-
-
-def last_step(to_target: int | None, max_train_steps: int) -> int:
-    """How many steps the run has in all, as far as is known."""
-    if to_target is None:
-        return max_train_steps
-    return min(to_target + settling_steps(max_train_steps), max_train_steps)
 
 
 def _check_replay(

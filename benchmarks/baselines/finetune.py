@@ -10,9 +10,9 @@ from accelerate.utils import set_seed
 from benchmarks.task import Outcome, Task
 from vdu_peft.batch import draw_indices
 from vdu_peft.config import UnlearnConfig
+from vdu_peft.learning_rate import lr_factor
 from vdu_peft.objective import denoising_loss
 from vdu_peft.replay import KEEP_QUANTILE, generate_replay
-from vdu_peft.trainer import lr_factor
 
 Gradients = Sequence[torch.Tensor]
 
