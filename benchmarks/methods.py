@@ -25,11 +25,10 @@ from vdu_peft.replay import REPLAY_SEED
 from vdu_peft.trainer import UnlearnError, unlearn
 
 
-def vdu_peft(task: Task, adapter: dict | None = None, replay_filter: str = "ours", **options) -> Outcome:
+def vdu_peft(task: Task, adapter: dict | None = None, oracle_filter: bool = False, **options) -> Outcome:
     """This package, from the forget images alone; options of UnlearnConfig, ``adapter`` those of VDUConfig.
 
-    With the ``replay_filter`` "oracle" the demo's judge takes the forget images' digit out of the replay; with "off"
-    nothing does, whatever the ``replay_keep_quantile``.
+    With ``oracle_filter`` the demo's judge takes the forget images' digit out of the replay.
     """
     config = UnlearnConfig(
         max_train_steps=task.max_train_steps, train_batch_size=task.train_batch_size, seed=task.seed, **options
@@ -41,7 +40,7 @@ def vdu_peft(task: Task, adapter: dict | None = None, replay_filter: str = "ours
             task.forget,
             config,
             VDUConfig.for_model(task.denoiser.model, **(adapter or {})),
-            replay=None if replay_filter == "ours" else given_replay(task, config, replay_filter),
+            replay=oracle_replay(task, config) if oracle_filter else None,
             callback=lambda step, terms: times.append(time.process_time()),
         )
     except UnlearnError:  # as a baseline that is not finite: a result like any other
@@ -54,13 +53,11 @@ def vdu_peft(task: Task, adapter: dict | None = None, replay_filter: str = "ours
     return Outcome(result.status, len(times), result.trained_parameters, seconds)
 
 
-def given_replay(task: Task, config: UnlearnConfig, replay_filter: str) -> torch.Tensor:
-    """The model's own samples: all of them, or less those that the demo's judge takes for the forget images' digit."""
+def oracle_replay(task: Task, config: UnlearnConfig) -> torch.Tensor:
+    """The model's own samples, less those that the demo's judge takes for the forget images' digit."""
     images = task.denoiser.sample(
         config.replay_size, seed=config.seed + REPLAY_SEED, num_inference_steps=config.replay_inference_steps
     )
-    if replay_filter == "off":
-        return images
     judge = demo_judge()
     (_, forget_labels), (_, labels) = judge.judge(as_judged(task.forget)), judge.judge(as_judged(images))
     return images[labels != forget_labels.mode().values]

@@ -20,7 +20,7 @@ from benchmarks.baselines.finetune import draw, finetune, gradients, loss, param
 from benchmarks.bases import BASES, Base, BaseError, as_judged
 from benchmarks.experiment import EXPERIMENTS, Entry, Relearning, read_experiment
 from benchmarks.judges import lenet
-from benchmarks.methods import METHODS, given_replay
+from benchmarks.methods import METHODS, oracle_replay
 from benchmarks.relearning import relearn
 from benchmarks.task import Task
 from vdu_peft.adapter import load_adapter
@@ -30,6 +30,7 @@ from vdu_peft.denoiser import Denoiser
 from vdu_peft.learning_rate import lr_factor
 from vdu_peft.metrics import frechet_distance, pul_interval
 from vdu_peft.pixels import to_pixels, to_tensor
+from vdu_peft.replay import REPLAY_SEED
 
 
 class Scaled(nn.Module):
@@ -111,7 +112,7 @@ def test_every_baseline_of_an_experiment_forgets(task, method, retain):
 @pytest.mark.parametrize("label", sorted(label for label, e in ENTRIES.items() if e.method == "vdu_peft"))
 def test_every_run_of_ours_has_options_that_exist(label):
     options = dict(ENTRIES[label].options)
-    options.pop("replay_filter", None)
+    options.pop("oracle_filter", None)
     VDUConfig(target_modules=["x"], **options.pop("adapter", {}))
     UnlearnConfig(**options)
 
@@ -405,7 +406,7 @@ def test_runs_on_another_base_beside_its_retrained_model(small_base, tmp_path, c
                 "label": "ours",
                 "method": "vdu_peft",
                 "sees": "",
-                "options": {"replay_size": 4, "replay_filter": "off"},
+                "options": {"replay_size": 4},
             },
             {"label": "retrained", "method": "retrained", "sees": ""},
         ],
@@ -445,13 +446,13 @@ def test_runs_on_another_base_beside_its_retrained_model(small_base, tmp_path, c
     assert "retrained-3: no trained model there" in capsys.readouterr().err
 
 
-def test_replay_that_is_given_is_filtered_by_the_judge_or_not_at_all():
+def test_the_oracle_filter_drops_what_the_judge_calls_the_forgotten_digit():
     images, config = demo_images(7, base_denoiser()), UnlearnConfig(replay_size=30, replay_inference_steps=25)
     task = Task(base_denoiser(), images.forget, images.retain, 1, 2, 0)
-    every, filtered = (given_replay(task, config, replay_filter) for replay_filter in ("off", "oracle"))
+    every = base_denoiser().sample(30, seed=REPLAY_SEED, num_inference_steps=25)
     _, digits = demo_judge().judge(every)
-    assert len(every) == 30 and (digits == 7).any()
-    torch.testing.assert_close(filtered, every[digits != 7])
+    assert (digits == 7).any()
+    torch.testing.assert_close(oracle_replay(task, config), every[digits != 7])
 
 
 @pytest.mark.parametrize("size", [28, 16])
