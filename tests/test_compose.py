@@ -29,19 +29,38 @@ def row_density(factors, row):
     return MultivariateNormal(mean[row] @ lora_A, covariance)
 
 
+def level_log_precision(factors):
+    """How certain a part is in all: log of the geometric mean of its precisions in the delta's own directions."""
+    gram = factors.lora_A @ factors.lora_A.mT
+    return (-2 * factors.log_std).mean() - torch.linalg.slogdet(gram).logabsdet.mean() / factors.lora_A.shape[-2]
+
+
+def at_level(factors, log_precision=3.0):
+    return factors._replace(log_std=factors.log_std + (level_log_precision(factors) - log_precision) / 2)
+
+
+def varied(factors, seed):
+    """With an uncertainty of its own for every element."""
+    spread = 0.5 * torch.randn(factors.log_std.shape, generator=torch.Generator().manual_seed(seed)).double()
+    return factors._replace(log_std=factors.log_std + spread)
+
+
+def delta_of(factors):
+    return factors.mean @ factors.lora_A
+
+
 def test_product_is_the_product_of_the_densities():
-    """With full row rank all densities are proper: log q12 - (log q1 + log q2 - log p) is the same everywhere."""
-    parts = [random_factors(4, 4, seed=1, std=0.1), random_factors(4, 4, seed=2, std=0.1)]
+    """With full row rank all densities are proper: log q - (log q1 + log q2 - log q0) is the same everywhere."""
+    parts = [at_level(varied(random_factors(4, 4, seed=seed), seed)) for seed in (1, 2)]
     composed, discarded = posterior_product(parts, SIGMA, rank=4)
-    prior = MultivariateNormal(torch.zeros(4).double(), SIGMA**2 * torch.eye(4).double())
     for row in range(3):
-        quotients = [row_density(part, row).covariance_matrix.inverse() - prior.precision_matrix for part in parts]
-        assert all(torch.linalg.eigvalsh(q).min() > 0 for q in quotients)  # else directions would be left out
+        densities = [row_density(part, row) for part in parts]
+        shared = sum(d.precision_matrix for d in densities) / 2
         points = torch.randn(20, 4).double()
-        expected = sum(row_density(part, row).log_prob(points) for part in parts) - prior.log_prob(points)
-        precision = sum(row_density(part, row).precision_matrix for part in parts) - prior.precision_matrix
-        covariance = precision.inverse()
-        mean = covariance @ sum(row_density(p, row).precision_matrix @ row_density(p, row).mean for p in parts)
+        expected = sum(d.log_prob(points) for d in densities)
+        expected -= MultivariateNormal(torch.zeros(4).double(), precision_matrix=shared).log_prob(points)
+        covariance = shared.inverse()
+        mean = covariance @ sum(d.precision_matrix @ d.mean for d in densities)
         difference = MultivariateNormal(mean, covariance).log_prob(points) - expected
         torch.testing.assert_close(difference, difference[:1].expand(20))
         # The composed factors carry that mean, and that covariance's diagonal in their own row basis.
@@ -52,26 +71,50 @@ def test_product_is_the_product_of_the_densities():
 
 
 def test_one_adapter_is_itself_and_disjoint_row_spaces_add():
-    part = random_factors(2, 6)
+    part, other = varied(random_factors(2, 6), 1), varied(random_factors(3, 6, seed=5), 2)
     composed, _ = posterior_product([part], SIGMA, rank=2)
-    torch.testing.assert_close(composed.mean @ composed.lora_A, part.mean @ part.lora_A)
-    other = random_factors(3, 6, seed=5)
+    torch.testing.assert_close(delta_of(composed), delta_of(part))
     basis = torch.linalg.qr(torch.randn(6, 6).double()).Q
     first, second = (f._replace(lora_A=a) for f, a in ((part, basis[None, :2]), (other, basis[None, 2:5])))
-    first, second = (f._replace(log_std=torch.full_like(f.mean, -2.0)) for f in (first, second))
     composed, _ = posterior_product([first, second], SIGMA, rank=5)
-    expected = first.mean @ first.lora_A + second.mean @ second.lora_A
-    torch.testing.assert_close(composed.mean @ composed.lora_A, expected)
+    torch.testing.assert_close(delta_of(composed), delta_of(first) + delta_of(second))
 
 
-def test_the_more_certain_adapter_counts_for_more_and_an_ignorant_one_for_nothing():
-    sure, unsure = random_factors(2, 6, seed=1), random_factors(2, 6, seed=2)
-    unsure = unsure._replace(lora_A=sure.lora_A)
-    for log_std, close_to in ((-3.0, 0.5), (5.0, 1.0)):  # as certain as the other; less certain than the prior
-        parts = [sure._replace(log_std=sure.log_std * 0 - 3.0), unsure._replace(log_std=unsure.log_std * 0 + log_std)]
-        composed, _ = posterior_product(parts, prior_std=100.0, rank=2)
-        expected = close_to * sure.mean + (1 - close_to) * unsure.mean
-        torch.testing.assert_close(composed.mean @ composed.lora_A, expected @ sure.lora_A, atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("apart", (1.0, 1e-3, 0.0))
+def test_equally_certain_adapters_add_however_near_their_row_spaces_lie(apart):
+    parts = []
+    for rank, seed in ((2, 1), (3, 2), (2, 3)):
+        directions = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)).double()
+        own = torch.randn(6, 3, generator=torch.Generator().manual_seed(seed)).double()
+        orthonormal = torch.linalg.qr(directions + apart * own).Q.mT[None, :rank]
+        parts.append(random_factors(rank, 6, seed=seed)._replace(lora_A=orthonormal))
+        parts[-1] = parts[-1]._replace(log_std=torch.full_like(parts[-1].mean, -2.0))
+    composed, _ = posterior_product(parts, SIGMA, rank=6)
+    torch.testing.assert_close(delta_of(composed), sum(map(delta_of, parts)))
+    if apart == 0.0:  # three directions are reached, by two adapters or all three, and the other three by none
+        stds = composed.log_std[0].exp().sort(dim=-1).values
+        torch.testing.assert_close(stds[:, :3], torch.full((3, 3), torch.tensor(-2.0).exp().item()).double())
+        torch.testing.assert_close(stds[:, 3:], torch.full((3, 3), SIGMA).double())
+
+
+def test_how_certain_an_adapter_is_in_all_moves_no_mean():
+    """Posteriors of another kl_weight, or of a run cut short, are wider throughout."""
+    parts = [varied(random_factors(2, 6, seed=seed), seed) for seed in (1, 2)]
+    composed, _ = posterior_product(parts, SIGMA, rank=4)
+    wider, _ = posterior_product([parts[0], parts[1]._replace(log_std=parts[1].log_std + 1)], SIGMA, rank=4)
+    torch.testing.assert_close(delta_of(wider), delta_of(composed))
+    # The geometric mean of both adapters' widths: half of the one that is e times as wide.
+    torch.testing.assert_close(wider.log_std, composed.log_std + 0.5)
+
+
+def test_the_more_certain_adapter_counts_for_more_in_a_direction():
+    first, second = (at_level(varied(random_factors(2, 6, seed=seed), seed)) for seed in (1, 2))
+    second = at_level(second._replace(lora_A=first.lora_A))
+    composed, _ = posterior_product([first, second], SIGMA, rank=2)
+    # In one row space with one A, the rows of B are independent coordinates.
+    precisions = [(-2 * part.log_std).exp() for part in (first, second)]
+    expected = sum(p * part.mean for p, part in zip(precisions, (first, second), strict=True)) / (sum(precisions) / 2)
+    torch.testing.assert_close(delta_of(composed), expected @ first.lora_A)
 
 
 def test_the_cut_is_the_best_of_its_rank_and_reports_what_it_discards():

@@ -1,8 +1,8 @@
 """Several adapters in one: the product of their posteriors, in closed form on the deltas.
 
-Each adapter's posterior over the delta, divided by the prior that they share, is what its forget images had to
-say. The product of those factors and one prior is again Gaussian: where row spaces do not meet the means add up,
-where they do the more certain adapter counts for more. Stock PEFT's ``add_weighted_adapter`` adds means alone.
+All of them are posteriors of the same pre-trained model, q_a ∝ q_0 · f_a: what they share is q_0, what the model
+itself says of where it may go (the stability term and the prior), and f_a is what adapter a's forget images say. The
+product q_0 · ∏ q_a / q_0 counts the first once. Stock PEFT's ``add_weighted_adapter`` adds means alone.
 """
 
 import re
@@ -35,57 +35,69 @@ class Factors(NamedTuple):
     lora_A: torch.Tensor  # (..., r, in)
 
 
-def posterior_product(factors: Sequence[Factors], prior_std: float, rank: int) -> tuple[Factors, float]:
-    """The product p · ∏ (q_a / p) over the delta, and back to rank ``rank``.
+# Eigenvalues of the projectors' sum below this are rounding: no adapter reaches that direction.
+REACHED = 1e-9
 
-    In an orthonormal basis of the row spaces taken together every row i of the delta has the precision
-    Λ_i = I/σ² + Σ_a (Λ_ai − P_a/σ²) and the mean Λ_i⁻¹ Σ_a Λ_ai μ_ai, with P_a the projector on adapter a's row
-    space. A direction in which an adapter is less certain than the prior (Λ_ai < P_a/σ²) says nothing and is left
-    out. The mean is cut to the rank by SVD; what is left of the covariance is its diagonal in the new factor.
+
+def posterior_product(factors: Sequence[Factors], prior_std: float, rank: int) -> tuple[Factors, float]:
+    """The product q_0 · ∏ (q_a / q_0) over the delta, and back to rank ``rank``.
+
+    The plasticity's hinge is concave in the denoising loss: forget images push, with a force Λ_a μ_a, and make nobody
+    more certain. So each Λ_a is q_0's precision as adapter a found it on its row space, and q_0 has their mean: with
+    P_a the projector on a's row space and N = Σ_a P_a, every row i of the delta has
+
+        Λ_i = N^-½ (Σ_a Λ_ai) N^-½        μ_i = Λ_i⁻¹ Σ_a Λ_ai μ_ai
+
+    in the row spaces taken together. Where all are equally certain the means add up, however the row spaces lie:
+    N^-½ is Löwdin's orthogonalisation, which gives nearly parallel directions no large differences to make. Else each
+    counts by how certain it is in a row and direction beside its layer's other ones; how certain it is in all (the
+    geometric mean) tells of kl_weight and of how long it learned, and is left out of Λ_a here. The mean is cut to the
+    rank by SVD; what is left of the covariance is its diagonal in the new factor.
 
     Args:
         factors: of the same layer, ranks may differ.
-        prior_std: σ, the prior standard deviation of one element of the delta.
+        prior_std: σ of one element of the delta, for directions of the result that no adapter reaches.
         rank: of the result.
 
     Returns:
         the factors in float64, ``lora_A`` with orthonormal rows, and the share of ‖mean delta‖² that the cut discards.
+
+    Raises:
+        ConfigError: the rank exceeds the adapters' together, or the layer's columns.
     """
     factors = [Factors(*(t.double() for t in f)) for f in factors]
-    rows = factors[0].mean.shape[-2]
     stacked = torch.cat([f.lora_A for f in factors], dim=-2)  # (..., R, in)
     basis = torch.linalg.qr(stacked.mT).Q  # (..., in, R)
     size = basis.shape[-1]
     if rank > size:
         raise ConfigError(f"rank {rank} exceeds the {size} directions of a layer; lower it")
-    identity = torch.eye(size, dtype=torch.float64)
-    precision = identity.expand(*stacked.shape[:-2], rows, size, size) / prior_std**2
-    evidence = torch.zeros(*stacked.shape[:-2], rows, size, dtype=torch.float64)
+    projectors, information, evidence = 0, 0, 0  # (..., R, R), (..., rows, R, R), (..., rows, R)
+    levels = []
     for mean, log_std, lora_A in factors:
         coordinates = basis.mT @ lora_A.mT  # (..., R, r): row i of the delta is coordinates @ B_i
-        inverse = torch.linalg.pinv(coordinates)  # (..., r, R)
-        # An orthonormal basis of this adapter's own row space, in which both precisions are proper.
-        own = torch.linalg.qr(coordinates).Q  # (..., R, r)
-        to_own = (inverse @ own).unsqueeze(-3)  # (..., 1, r, r)
-        excess = to_own.mT @ ((-2 * log_std).exp().unsqueeze(-1) * to_own)  # Λ_ai in that basis
-        excess = excess - torch.eye(own.shape[-1], dtype=torch.float64) / prior_std**2
-        values, vectors = torch.linalg.eigh(excess)
-        says = (values > 0).to(values.dtype)
-        # η_ai = Λ_ai μ_ai, on the directions kept.
-        posterior_mean = (mean @ coordinates.mT @ own).unsqueeze(-1)  # (..., rows, r, 1)
-        projected = vectors.mT @ posterior_mean
-        eta = vectors @ ((values * says + says / prior_std**2).unsqueeze(-1) * projected)
-        kept = (vectors * (values * says).unsqueeze(-2)) @ vectors.mT
+        own = torch.linalg.qr(coordinates).Q  # (..., R, r), orthonormal: the adapter's own row space
+        to_own = (torch.linalg.pinv(coordinates) @ own).unsqueeze(-3)  # (..., 1, r, r)
+        own_precision = to_own.mT @ ((-2 * log_std).exp().unsqueeze(-1) * to_own)  # Λ_ai, (..., rows, r, r)
+        own_mean = (mean @ coordinates.mT @ own).unsqueeze(-1)  # (..., rows, r, 1)
+        level = torch.linalg.slogdet(own_precision).logabsdet.mean() / own.shape[-1]
+        own_precision = own_precision * (-level).exp()
+        levels.append(level)
         own_rows = own.unsqueeze(-3)
-        precision = precision + own_rows @ kept @ own_rows.mT
-        evidence = evidence + (own_rows @ eta).squeeze(-1)
-    covariance = torch.linalg.inv(precision)
+        projectors = projectors + own @ own.mT
+        information = information + own_rows @ own_precision @ own_rows.mT
+        evidence = evidence + (own_rows @ own_precision @ own_mean).squeeze(-1)
+    overlap, directions = torch.linalg.eigh(projectors)
+    reached = overlap > REACHED
+    root = (directions * torch.where(reached, overlap, 1).rsqrt().unsqueeze(-2)) @ directions.mT
+    level = torch.stack(levels).mean().exp()
+    unreached = (directions * (~reached / (level * prior_std**2)).unsqueeze(-2)) @ directions.mT
+    covariance = torch.linalg.inv(root.unsqueeze(-3) @ information @ root.unsqueeze(-3) + unreached.unsqueeze(-3))
     delta = (covariance @ evidence.unsqueeze(-1)).squeeze(-1)  # (..., rows, R)
     # Right singular vectors of the mean delta; all R of them, also where the layer has fewer rows.
     energy, right = torch.linalg.eigh(delta.mT @ delta)
     energy, right = energy.flip(-1).clamp_min(0), right.flip(-1)[..., :rank]  # (..., R), (..., R, rank)
     per_row = right.unsqueeze(-3)
-    variance = (per_row.mT @ covariance @ per_row).diagonal(dim1=-2, dim2=-1)
+    variance = (per_row.mT @ (covariance / level) @ per_row).diagonal(dim1=-2, dim2=-1)
     discarded = energy[..., rank:].sum() / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)
     return Factors(delta @ right, variance.log() / 2, (basis @ right).mT), discarded.item()
 
