@@ -210,14 +210,23 @@ def frontier_plot(found: dict[Entry, list[dict]], file: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     _, start = untouched_base(found)
-    axes.plot(start, 0, "o", color="tab:gray")
-    axes.annotate("untouched base", (start, 0), textcoords="offset points", xytext=(4, 3), fontsize=7)
+    points = [(0.0, start, "untouched base", "tab:gray")]
     for entry, records in found.items():
-        x, y = mean(map(ratio, records)), mean(r["lenet"]["pul"] for r in records)
-        axes.plot(x, y, "o", color="tab:red" if entry.method == "vdu_peft" else "tab:blue")
-        axes.annotate(entry.label, (x, y), textcoords="offset points", xytext=(4, 3), fontsize=7)
+        color = "tab:red" if entry.method == "vdu_peft" else "tab:blue"
+        points.append((mean(r["lenet"]["pul"] for r in records), mean(map(ratio, records)), entry.label, color))
+    # Names in a column beside the plot, in the order of their points: beside those they cover each other.
+    for place, (y, x, label, color) in enumerate(sorted(points)):
+        axes.plot(x, y, "o", color=color)
+        axes.annotate(
+            label,
+            (x, y),
+            xytext=(1.03, (place + 0.5) / len(points)),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=8,
+            arrowprops={"arrowstyle": "-", "color": "0.75", "linewidth": 0.6, "shrinkB": 3},
+        )
     axes.set(xscale="log", xlabel="u-FID after / FID of the base (log)", ylabel="PUL by LeNet-5 (%)")
-    axes.margins(x=0.15)  # room for the names
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())

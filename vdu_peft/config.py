@@ -186,8 +186,8 @@ class UnlearnConfig:
         gradient_checkpointing: recompute activations in the backward pass.
         mixed_precision: ``no``, ``bf16`` or ``fp16``.
         random_flip: mirror forget images at random.
-        replay_size: how many images the pre-trained model draws of itself. When None, 1024 for an unconditional model
-            (256, seen 20 times each, are held better than what lies between them), 256 for one with a condition.
+        replay_size: how many images the pre-trained model draws of itself. When None, 1024 for an unconditional model:
+            of fewer it is those that are held, better than what lies between them. 256 for a model with a condition.
         replay_inference_steps: sampler steps for them.
         replay_keep_quantile: replay images whose forget-likeness exceeds this quantile of the forget images' own are
             dropped; 1 keeps all. When None, 1 for an unconditional model: as its samples are distributed, with the
