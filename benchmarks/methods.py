@@ -56,7 +56,10 @@ def vdu_peft(task: Task, adapter: dict | None = None, oracle_filter: bool = Fals
 def oracle_replay(task: Task, config: UnlearnConfig) -> torch.Tensor:
     """The model's own samples, less those that the demo's judge takes for the forget images' digit."""
     images = task.denoiser.sample(
-        config.replay_size, seed=config.seed + REPLAY_SEED, num_inference_steps=config.replay_inference_steps
+        config.replay_size,
+        seed=config.seed + REPLAY_SEED,
+        num_inference_steps=config.replay_inference_steps,
+        multistep=True,
     )
     judge = demo_judge()
     (_, forget_labels), (_, labels) = judge.judge(as_judged(task.forget)), judge.judge(as_judged(images))

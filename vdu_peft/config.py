@@ -149,8 +149,8 @@ def exactly(names: list[str], model: nn.Module) -> list[str] | str:
 
 
 # The replay where nothing else is asked for.
-REPLAY_UNCONDITIONAL = {"replay_size": 1024, "replay_keep_quantile": 1.0}
-REPLAY_CONDITIONAL = {"replay_size": 256, "replay_keep_quantile": 0.05}
+REPLAY_UNCONDITIONAL = {"replay_size": 1024, "replay_inference_steps": 10, "replay_keep_quantile": 1.0}
+REPLAY_CONDITIONAL = {"replay_size": 256, "replay_inference_steps": 25, "replay_keep_quantile": 0.05}
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,8 @@ class UnlearnConfig:
         random_flip: mirror forget images at random.
         replay_size: how many images the pre-trained model draws of itself. When None, 1024 for an unconditional model:
             of fewer it is those that are held, better than what lies between them. 256 for a model with a condition.
-        replay_inference_steps: sampler steps for them.
+        replay_inference_steps: steps of DPM-Solver++ for them, or of Euler for a flow. When None, 10 for an
+            unconditional model, which draw it as good images as 25 of DDIM; 25 for a model with a condition.
         replay_keep_quantile: replay images whose forget-likeness exceeds this quantile of the forget images' own are
             dropped; 1 keeps all. When None, 1 for an unconditional model: as its samples are distributed, with the
             concept's own share among them, they weigh against the forget images as in the loss of a model trained
@@ -218,7 +219,7 @@ class UnlearnConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     random_flip: bool = False
     replay_size: int | None = None
-    replay_inference_steps: int = 25
+    replay_inference_steps: int | None = None
     replay_keep_quantile: float | None = None
     early_stopping: bool = True
     checkpointing_steps: int = 0

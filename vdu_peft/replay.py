@@ -50,6 +50,7 @@ def generate_replay(
         num_inference_steps=num_inference_steps,
         class_labels=labels,
         decode=False,
+        multistep=True,
         progress="replay" if progress else None,
     )
     if keep_quantile == 1:

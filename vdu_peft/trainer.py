@@ -232,6 +232,7 @@ def check_run(
     """
     if resume:
         check_resumable(output_dir, config)
+    config = config.filled(conditional=bool(denoiser.num_classes))
     denoiser.check_inference_steps(config.replay_inference_steps)
     _accelerator(config, output_dir, denoiser.dtype)
     make_trainable_as_before = trainable_state(denoiser.model)
