@@ -32,7 +32,7 @@ def vdu_peft(task: Task, adapter: dict | None = None, oracle_filter: bool = Fals
     """
     config = UnlearnConfig(
         max_train_steps=task.max_train_steps, train_batch_size=task.train_batch_size, seed=task.seed, **options
-    ).filled(conditional=False)
+    )
     times: list[float] = []
     try:
         result = unlearn(
@@ -56,10 +56,7 @@ def vdu_peft(task: Task, adapter: dict | None = None, oracle_filter: bool = Fals
 def oracle_replay(task: Task, config: UnlearnConfig) -> torch.Tensor:
     """The model's own samples, less those that the demo's judge takes for the forget images' digit."""
     images = task.denoiser.sample(
-        config.replay_size,
-        seed=config.seed + REPLAY_SEED,
-        num_inference_steps=config.replay_inference_steps,
-        multistep=True,
+        config.replay_size, seed=config.seed + REPLAY_SEED, num_inference_steps=config.replay_inference_steps
     )
     judge = demo_judge()
     (_, forget_labels), (_, labels) = judge.judge(as_judged(task.forget)), judge.judge(as_judged(images))

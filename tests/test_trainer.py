@@ -50,13 +50,6 @@ def test_only_the_adapter_changes_and_eight_images_are_enough(pipeline_folder, f
     assert json.loads((tmp_path / "out" / "history.json").read_text()) == result.history
 
 
-@pytest.mark.parametrize(("num_classes", "options", "drawn"), ((None, {}, 1024), (4, {"forget_class": 1}, 256)))
-def test_replay_that_nobody_sizes_is_larger_without_a_condition(forget, num_classes, options, drawn):
-    denoiser = Denoiser(tiny_unet(num_class_embeds=num_classes), DDPMScheduler())
-    config = UnlearnConfig(max_train_steps=1, replay_inference_steps=1, replay_keep_quantile=1.0, **options)
-    assert unlearn(denoiser, forget, config).num_replay == drawn
-
-
 def test_first_step_is_the_stated_objective(pipeline_folder, forget):
     """At a fresh deterministic adapter the model is the teacher: hinge 1 − 1/c, stability 0, ratio 1, KL 0."""
     denoiser = Denoiser.from_pretrained(pipeline_folder)

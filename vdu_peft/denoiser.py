@@ -191,7 +191,6 @@ class Denoiser:
         class_labels: Sequence[int] | None = None,
         guidance_scale: float | None = None,
         decode: bool = True,
-        multistep: bool = False,
         progress: str | None = None,
     ) -> torch.Tensor:
         """Draw images with DDIM (eta 0), or with Euler steps where the schedule is a flow's.
@@ -205,7 +204,6 @@ class Denoiser:
             guidance_scale: classifier-free guidance (Ho and Salimans 2022) away from ``null_label``; 1 is none, the
                 model's own :attr:`guidance_scale` when None. A guidance-distilled model is told it instead.
             decode: False returns what :meth:`encode` would make of the images.
-            multistep: DPM-Solver++ in place of DDIM.
             progress: label of a progress bar; none when None.
 
         Returns:
@@ -234,7 +232,7 @@ class Denoiser:
         for start in range(0, num_images, batch_size):
             x_t = noise[start : start + batch_size].to(self.device)
             batch_labels = None if labels is None else labels[start : start + batch_size].to(self.device)
-            sampler = self.schedule.sampler(num_inference_steps, self.device, multistep)
+            sampler = self.schedule.sampler(num_inference_steps, self.device)
             for t in sampler.timesteps:
                 output = self.guided_prediction(x_t, t.expand(len(x_t)), batch_labels, guidance_scale)
                 x_t = sampler.step(output, t, x_t).prev_sample

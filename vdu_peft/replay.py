@@ -16,6 +16,8 @@ FEATURE_TIMESTEPS = (100, 300, 500)  # of 1000
 # against generated, and generated images of the concept pass: at 0.01 it catches 10 to 32 % of them, at 1 it
 # catches 67 to 89 % (demo model, digits 1, 4, 7 and 8, 100 forget images, 256 samples).
 RIDGE = 1.0
+# What looks like the forget set: samples above this quantile of the forget images' scores.
+KEEP_QUANTILE = 0.05
 # Added to the run's seed: a report must not judge the very samples trained on.
 REPLAY_SEED = 7919
 
@@ -50,7 +52,6 @@ def generate_replay(
         num_inference_steps=num_inference_steps,
         class_labels=labels,
         decode=False,
-        multistep=True,
         progress="replay" if progress else None,
     )
     if keep_quantile == 1:

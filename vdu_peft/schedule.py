@@ -6,13 +6,7 @@ Everything is one linear family: x_t = α_t x_0 + σ_t ε, and a network predict
 from collections.abc import Mapping
 
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    SchedulerMixin,
-)
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
 # Of schedulers with betas; a flow's networks predict its velocity, ε − x_0.
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -141,20 +135,11 @@ class NoiseSchedule:
         """
         return noise_error / self.noise_pred(torch.ones_like(noise_error), torch.zeros_like(noise_error), timesteps)
 
-    def sampler(self, num_inference_steps: int, device: torch.device, multistep: bool = False) -> SchedulerMixin:
-        """A fresh DDIM (eta 0), or Euler for a flow, set to its steps as the stock pipelines set theirs.
-
-        Args:
-            multistep: DPM-Solver++ (2M; Lu et al. 2022) in place of DDIM, which needs fewer steps for as good images.
-        """
+    def sampler(self, num_inference_steps: int, device: torch.device) -> SchedulerMixin:
+        """A fresh DDIM (eta 0), or Euler for a flow, set to its steps as the stock pipelines set theirs."""
         config = self.scheduler.config
         if self.prediction_type != "flow":
-            if multistep:
-                # DDIM's clip_sample by the name that this one has for it: x_0 is cut off at 1.
-                clip = {"thresholding": config.clip_sample, "sample_max_value": 1.0}
-                sampler = DPMSolverMultistepScheduler.from_config(config, **clip)
-            else:
-                sampler = DDIMScheduler.from_config(config)
+            sampler = DDIMScheduler.from_config(config)
             sampler.set_timesteps(num_inference_steps, device=device)
             return sampler
         sampler = FlowMatchEulerDiscreteScheduler.from_config(config)
