@@ -224,7 +224,7 @@ def frontier_plot(found: dict[Entry, list[dict]], file: Path) -> None:
             textcoords="axes fraction",
             va="center",
             fontsize=8,
-            arrowprops={"arrowstyle": "-", "color": "0.75", "linewidth": 0.6, "shrinkB": 3},
+            arrowprops={"arrowstyle": "-", "color": "0.75", "linewidth": 0.6, "shrinkB": 3, "relpos": (0, 0.5)},
         )
     axes.set(xscale="log", xlabel="u-FID after / FID of the base (log)", ylabel="PUL by LeNet-5 (%)")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))

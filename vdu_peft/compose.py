@@ -80,25 +80,25 @@ def posterior_product(factors: Sequence[Factors], prior_std: float, rank: int) -
         to_own = (torch.linalg.pinv(coordinates) @ own).unsqueeze(-3)  # (..., 1, r, r)
         own_precision = to_own.mT @ ((-2 * log_std).exp().unsqueeze(-1) * to_own)  # Λ_ai, (..., rows, r, r)
         own_mean = (mean @ coordinates.mT @ own).unsqueeze(-1)  # (..., rows, r, 1)
-        level = torch.linalg.slogdet(own_precision).logabsdet.mean() / own.shape[-1]
-        own_precision = own_precision * (-level).exp()
-        levels.append(level)
+        levels.append(torch.linalg.slogdet(own_precision).logabsdet.mean() / own.shape[-1])
+        own_precision = own_precision * (-levels[-1]).exp()
         own_rows = own.unsqueeze(-3)
         projectors = projectors + own @ own.mT
         information = information + own_rows @ own_precision @ own_rows.mT
         evidence = evidence + (own_rows @ own_precision @ own_mean).squeeze(-1)
+    level = torch.stack(levels).mean().exp()  # the result's own: the geometric mean of theirs
+    information, evidence = level * information, level * evidence
     overlap, directions = torch.linalg.eigh(projectors)
     reached = overlap > REACHED
     root = (directions * torch.where(reached, overlap, 1).rsqrt().unsqueeze(-2)) @ directions.mT
-    level = torch.stack(levels).mean().exp()
-    unreached = (directions * (~reached / (level * prior_std**2)).unsqueeze(-2)) @ directions.mT
+    unreached = (directions * (~reached / prior_std**2).unsqueeze(-2)) @ directions.mT
     covariance = torch.linalg.inv(root.unsqueeze(-3) @ information @ root.unsqueeze(-3) + unreached.unsqueeze(-3))
     delta = (covariance @ evidence.unsqueeze(-1)).squeeze(-1)  # (..., rows, R)
     # Right singular vectors of the mean delta; all R of them, also where the layer has fewer rows.
     energy, right = torch.linalg.eigh(delta.mT @ delta)
     energy, right = energy.flip(-1).clamp_min(0), right.flip(-1)[..., :rank]  # (..., R), (..., R, rank)
     per_row = right.unsqueeze(-3)
-    variance = (per_row.mT @ (covariance / level) @ per_row).diagonal(dim1=-2, dim2=-1)
+    variance = (per_row.mT @ covariance @ per_row).diagonal(dim1=-2, dim2=-1)
     discarded = energy[..., rank:].sum() / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)
     return Factors(delta @ right, variance.log() / 2, (basis @ right).mT), discarded.item()
 
