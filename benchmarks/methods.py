@@ -32,7 +32,7 @@ def vdu_peft(task: Task, adapter: dict | None = None, oracle_filter: bool = Fals
     """
     config = UnlearnConfig(
         max_train_steps=task.max_train_steps, train_batch_size=task.train_batch_size, seed=task.seed, **options
-    )
+    ).filled(conditional=False)
     times: list[float] = []
     try:
         result = unlearn(

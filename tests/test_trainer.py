@@ -17,11 +17,12 @@ from vdu_peft import UnlearnConfig, VDUConfig, unlearn
 from vdu_peft import replay as replay_module
 from vdu_peft.adapter import AdapterError, variational_layers
 from vdu_peft.config import ConfigError
+from vdu_peft.demo import base_denoiser
 from vdu_peft.denoiser import Denoiser, ModelError
 from vdu_peft.history import collapsed, run_status, steps_to_target
 from vdu_peft.learning_rate import lr_factor
 from vdu_peft.pixels import DataError
-from vdu_peft.replay import generate_replay
+from vdu_peft.replay import REPLAY_SEED, generate_replay
 from vdu_peft.trainer import UnlearnError, check_run
 
 FAST = UnlearnConfig(max_train_steps=6, train_batch_size=4, replay_size=8, replay_inference_steps=2)
@@ -472,6 +473,24 @@ def test_replay_of_a_class_conditional_model_has_every_class_but_the_forgotten_o
         class_labels=[0, 2, 3],
     )
     assert len(images) == len(labels) and set(labels.tolist()) <= {0, 2, 3} and len(labels) >= 6
+
+
+@pytest.mark.parametrize(("can", "off"), [({}, 0), ({"avx512_bf16": True}, 0.02)], ids=["float32", "bfloat16"])
+def test_replay_is_what_the_model_draws(can, off, monkeypatch):
+    """In bfloat16, whose numbers are 0.004 apart near 1, to a few of those after 25 steps."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can, raising=False)
+    denoiser = base_denoiser()
+    images, _ = generate_replay(denoiser, torch.empty(0), num_images=8, num_inference_steps=25, keep_quantile=1, seed=0)
+    error = (images - denoiser.sample(8, seed=REPLAY_SEED, num_inference_steps=25)).abs().mean((1, 2, 3))
+    assert error.median() <= off and (error.median() > 0) == (off > 0)
+
+
+def test_an_unconditional_model_draws_more_of_itself(pipeline_folder, forget):
+    """As many as the config fills in, and all are kept; with a condition a quarter, less what the filter drops."""
+    result = unlearn(pipeline_folder, forget, replace(FAST, replay_size=None, max_train_steps=1))
+    assert result.num_replay == UnlearnConfig().filled(conditional=False).replay_size == 1024
+    assert UnlearnConfig().filled(conditional=True).replay_size == 256
+    assert UnlearnConfig(replay_size=8, replay_keep_quantile=0.5).filled(conditional=False).replay_size == 8
 
 
 def test_classes_without_a_replay_image_are_told_of(forget, caplog, monkeypatch):

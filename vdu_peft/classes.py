@@ -89,8 +89,9 @@ def run_classes(
     retained = [label for label in range(denoiser.num_classes) if label not in forgotten]
     if draws_replay and not retained:
         raise ConfigError("forget_class: there is no other class or prompt to retain; add one, or pass replay")
-    if draws_replay and len(retained) > config.replay_size:
-        raise ConfigError(f"replay_size: {config.replay_size} images cannot show all {len(retained)} classes to retain")
+    replay_size = config.filled(conditional=True).replay_size
+    if draws_replay and len(retained) > replay_size:
+        raise ConfigError(f"replay_size: {replay_size} images cannot show all {len(retained)} classes to retain")
     if null in forgotten:
         return Classes(forget_labels, retained, forget_labels.new_empty(num_images, 0), null)
     others = [label for label in retained if label != config.null_class]

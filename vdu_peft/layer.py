@@ -54,10 +54,9 @@ class GaussianVariant(LoraVariant):
         if module.posterior_noise:
             groups = getattr(module.get_base_layer(), "groups", 1)
             mean, log_std = module.lora_B[active_adapter].weight, module.lora_log_std[active_adapter]
-            delta = posterior.sampled_output(hidden, mean, log_std, groups)
-        else:
-            delta = module.lora_B[active_adapter](hidden)
-        return result + delta * module.scaling[active_adapter]
+            # Scaled before B, which has fewer inputs than outputs.
+            return result + posterior.sampled_output(hidden * module.scaling[active_adapter], mean, log_std, groups)
+        return result + module.lora_B[active_adapter](hidden) * module.scaling[active_adapter]
 
 
 def base_weight(base: nn.Module) -> torch.Tensor:

@@ -200,7 +200,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "vdu-peft demo --forget-digit 1 --output_dir demo",
     )
     sub.add_argument("--forget-digit", type=int, default=1, choices=range(10))
-    sub.add_argument("--num-samples", type=int, default=300, help="samples before and after, for the report")
+    sub.add_argument("--num-samples", type=int, default=200, help="samples before and after, for the report")
     sub.add_argument("--num_inference_steps", type=int, default=25)
     sub.add_argument("--output_dir", type=Path, default=Path("demo"))
     sub.add_argument("--overwrite", action="store_true", help="write into an output_dir that is not empty")

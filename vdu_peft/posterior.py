@@ -8,6 +8,8 @@ Shapes: ``mean`` and ``log_std`` are (..., out, r), ``gram`` is (..., r, r), whe
 dimensions are the groups of a grouped convolution. KLs are in nats, summed over the layer.
 """
 
+import math
+
 import torch
 
 
@@ -29,7 +31,7 @@ def delta_quadratic(mean: torch.Tensor, gram: torch.Tensor, prior_std: float) ->
 
     It is all that is left of the KL for a deterministic adapter.
     """
-    return torch.einsum("...ij,...jk,...ik->", mean, gram, mean) / (2 * prior_std**2)
+    return (mean.mT @ mean * gram).sum() / (2 * prior_std**2)
 
 
 def delta_kl(mean: torch.Tensor, log_std: torch.Tensor, gram: torch.Tensor, prior_std: float) -> torch.Tensor:
@@ -46,14 +48,14 @@ def delta_kl(mean: torch.Tensor, log_std: torch.Tensor, gram: torch.Tensor, prio
         gram: G, (..., r, r).
         prior_std: σ, the prior standard deviation of one element of the delta.
     """
-    rank, rows = mean.shape[-1], mean.shape[-2]
-    trace = (torch.exp(2 * log_std) * gram.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)).sum() / (2 * prior_std**2)
+    # tr(G diag(S_i²)) + M_iᵀ G M_i, summed over the rows, is <E[BᵀB], G>. In few operations: every layer has its KL in
+    # every step, and their number is what it costs.
+    second_moment = mean.mT @ mean + torch.diag_embed((2 * log_std).exp().sum(-2))
+    quadratic = (second_moment * gram).sum() / (2 * prior_std**2)
     # With A short of full row rank the prior on B is improper; the layers refuse a rank above A's columns.
-    log_det = 2 * torch.linalg.cholesky(gram).diagonal(dim1=-2, dim2=-1).log().sum()
-    num_rows = mean.numel() / rank
-    log_prior_std = torch.log(torch.as_tensor(prior_std, dtype=mean.dtype, device=mean.device))
-    constant = num_rows * rank * (log_prior_std - 0.5) - 0.5 * rows * log_det
-    return delta_quadratic(mean, gram, prior_std) + trace + constant - log_std.sum()
+    half_log_det = torch.linalg.cholesky(gram).diagonal(dim1=-2, dim2=-1).log().sum()
+    constant = mean.numel() * (math.log(prior_std) - 0.5)
+    return quadratic - mean.shape[-2] * half_log_det - log_std.sum() + constant
 
 
 def sample_weight(mean: torch.Tensor, log_std: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -93,6 +95,6 @@ def sampled_output(hidden: torch.Tensor, mean: torch.Tensor, log_std: torch.Tens
 
 def signal_to_noise(mean: torch.Tensor, log_std: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     """E‖signal‖² / E‖noise‖² of the delta: tr(M G Mᵀ) / Σ_i tr(G diag(S_i²)); a scalar, no unit."""
-    signal = torch.einsum("...ij,...jk,...ik->", mean, gram, mean)
+    signal = (mean.mT @ mean * gram).sum()
     noise = (torch.exp(2 * log_std) * gram.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)).sum()
     return signal / noise

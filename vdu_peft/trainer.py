@@ -26,7 +26,7 @@ from vdu_peft.denoiser import Denoiser, as_denoiser
 from vdu_peft.history import WINDOW, collapsed, recent, run_status, steps_to_target, target_holds
 from vdu_peft.learning_rate import last_step, lr_factor
 from vdu_peft.pixels import check_images
-from vdu_peft.replay import KEEP_QUANTILE, generate_replay
+from vdu_peft.replay import generate_replay
 from vdu_peft.terms import loss_terms
 
 
@@ -95,8 +95,8 @@ def unlearn(
         DataError, ConfigError, ModelError: bad input, before any heavy work.
         UnlearnError: the loss is not finite; the last good adapter is kept in ``output_dir``.
     """
-    config = config or UnlearnConfig()
     denoiser = as_denoiser(model)
+    config = (config or UnlearnConfig()).filled(conditional=bool(denoiser.num_classes))
     forget = check_images(forget, denoiser.image_size, denoiser.channels, "forget images")
     classes = run_classes(denoiser, config, forget_labels, len(forget), anchor_labels, draws_replay=replay is None)
     replay_labels = None if replay_labels is None else replay_labels.cpu()
@@ -139,15 +139,12 @@ def unlearn(
             history = load_checkpoint(output_dir, parameters, optimizer, options)
         if replay is None:
             with adapter_scale(denoiser.model, 0), accelerator.autocast():
-                keep_quantile = KEEP_QUANTILE if classes else 1.0
-                if config.replay_keep_quantile is not None:
-                    keep_quantile = config.replay_keep_quantile
                 replay, replay_labels = generate_replay(
                     denoiser,
                     forget,
                     num_images=config.replay_size,
                     num_inference_steps=config.replay_inference_steps,
-                    keep_quantile=keep_quantile,
+                    keep_quantile=config.replay_keep_quantile,
                     seed=config.seed,
                     class_labels=classes.retained if classes else (),
                     progress=not bar_off,

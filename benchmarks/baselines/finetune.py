@@ -12,7 +12,10 @@ from vdu_peft.batch import draw_indices
 from vdu_peft.config import UnlearnConfig
 from vdu_peft.learning_rate import lr_factor
 from vdu_peft.objective import denoising_loss
-from vdu_peft.replay import KEEP_QUANTILE, generate_replay
+from vdu_peft.replay import generate_replay
+
+# A baseline rehearses its replay as it is, so the forget class must not be in it: dropped as conditional models' is.
+FILTER_QUANTILE = 0.05
 
 Gradients = Sequence[torch.Tensor]
 
@@ -55,13 +58,13 @@ def retained(task: Task, source: str) -> torch.Tensor:
         return task.retain
     if source != "replay":
         raise ValueError(f"retain: {source!r} is neither replay nor real")
-    config = UnlearnConfig()
+    config = UnlearnConfig(replay_keep_quantile=FILTER_QUANTILE).filled(conditional=False)
     images, _ = generate_replay(
         task.denoiser,
         task.forget,
         num_images=config.replay_size,
         num_inference_steps=config.replay_inference_steps,
-        keep_quantile=KEEP_QUANTILE,
+        keep_quantile=config.replay_keep_quantile,
         seed=task.seed,
     )
     return images
