@@ -58,7 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def setting_of(args: argparse.Namespace, name: str) -> Setting:
     """The demo's defaults, measured as the arguments tell."""
     threads = max(1, torch.get_num_threads() // args.jobs)
-    return Setting(args.results_dir / name, args.num_samples, SAMPLE_STEPS, UnlearnConfig(), code_version(), threads)
+    config = UnlearnConfig().filled(conditional=False)  # so that results and the cache's key tell what None stands for
+    return Setting(args.results_dir / name, args.num_samples, SAMPLE_STEPS, config, code_version(), threads)
 
 
 def learn(model: nn.Module, digits: Sequence[int], config: UnlearnConfig, folder: Path | None = None) -> nn.Module:

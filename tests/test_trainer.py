@@ -485,8 +485,14 @@ def test_replay_is_what_the_model_draws(can, off, monkeypatch):
     assert error.median() <= off and (error.median() > 0) == (off > 0)
 
 
-def test_an_unconditional_model_draws_more_of_itself(pipeline_folder, forget):
-    """As many as the config fills in, and all are kept; with a condition a quarter, less what the filter drops."""
+@pytest.mark.parametrize(("num_classes", "options", "drawn"), ((None, {}, 1024), (4, {"forget_class": 1}, 256)))
+def test_replay_that_nobody_sizes_is_larger_without_a_condition(forget, num_classes, options, drawn):
+    denoiser = Denoiser(tiny_unet(num_class_embeds=num_classes), DDPMScheduler())
+    config = UnlearnConfig(max_train_steps=1, replay_inference_steps=1, replay_keep_quantile=1.0, **options)
+    assert unlearn(denoiser, forget, config).num_replay == drawn
+
+
+def test_an_unconditional_model_keeps_all_that_it_draws(pipeline_folder, forget):
     result = unlearn(pipeline_folder, forget, replace(FAST, replay_size=None, max_train_steps=1))
     assert result.num_replay == UnlearnConfig().filled(conditional=False).replay_size == 1024
     assert UnlearnConfig().filled(conditional=True).replay_size == 256

@@ -95,6 +95,6 @@ def sampled_output(hidden: torch.Tensor, mean: torch.Tensor, log_std: torch.Tens
 
 def signal_to_noise(mean: torch.Tensor, log_std: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     """E‖signal‖² / E‖noise‖² of the delta: tr(M G Mᵀ) / Σ_i tr(G diag(S_i²)); a scalar, no unit."""
-    signal = (mean.mT @ mean * gram).sum()
+    signal = 2 * delta_quadratic(mean, gram, 1.0)
     noise = (torch.exp(2 * log_std) * gram.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)).sum()
     return signal / noise

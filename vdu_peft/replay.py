@@ -45,7 +45,7 @@ def generate_replay(
         encoded images (M, C, H, W), M <= num_images, and the labels (M,) that they were drawn under or None.
     """
     labels = in_turn(class_labels, num_images) if class_labels else None
-    with bfloat16_where_quicker(denoiser.device):
+    with _bfloat16_where_quicker(denoiser.device):
         images = denoiser.sample(
             num_images,
             seed=seed + REPLAY_SEED,
@@ -77,7 +77,7 @@ def generate_replay(
     return images[keep], labels[keep]
 
 
-def bfloat16_where_quicker(device: torch.device) -> AbstractContextManager:
+def _bfloat16_where_quicker(device: torch.device) -> AbstractContextManager:
     """Autocast on a CPU that computes in bfloat16: 1.6 times as quick on the demo's model, of as good images."""
     told = getattr(torch.cpu, "get_capabilities", dict)()  # not in the oldest torch that we run on
     if device.type == "cpu" and (told.get("avx512_bf16") or told.get("amx_bf16")):
