@@ -243,7 +243,7 @@ def histogram_plot(report: Report, file: Path) -> None:
     axes.bar(classes - 0.2, report.histogram_before, 0.4, label="before")
     axes.bar(classes + 0.2, report.histogram_after, 0.4, label=f"after forgetting {report.forget_class}")
     axes.set(xlabel="class", ylabel="share of samples", xticks=classes)
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=2)  # over the axes, where it hides no bar
     figure.savefig(file, dpi=100)
 
 
