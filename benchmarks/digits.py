@@ -18,8 +18,9 @@ from benchmarks.run import code_version
 from vdu_peft.adapter import save_adapter
 from vdu_peft.config import UnlearnConfig
 from vdu_peft.demo import SAMPLE_STEPS, base_denoiser, demo_images, demo_judge, demo_samples
-from vdu_peft.denoiser import Denoiser
+from vdu_peft.denoiser import Denoiser, best_device
 from vdu_peft.metrics import class_shares, frechet_distance, pul
+from vdu_peft.precision import quick_precision
 from vdu_peft.trainer import unlearn
 
 
@@ -58,7 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def setting_of(args: argparse.Namespace, name: str) -> Setting:
     """The demo's defaults, measured as the arguments tell."""
     threads = max(1, torch.get_num_threads() // args.jobs)
-    config = UnlearnConfig().filled(conditional=False)  # so that results and the cache's key tell what None stands for
+    config = UnlearnConfig(mixed_precision=quick_precision(best_device()))  # as the demo
+    config = config.filled(conditional=False)  # so that results and the cache's key tell what None stands for
     return Setting(args.results_dir / name, args.num_samples, SAMPLE_STEPS, config, code_version(), threads)
 
 

@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader, StackDataset
 from tqdm.auto import tqdm
 
 from vdu_peft.data import ImageDataset, ImageSource
-from vdu_peft.denoiser import Denoiser
+from vdu_peft.denoiser import Denoiser, plain_attention_on_cpu
 from vdu_peft.evaluation import image_grid
 
 logger = logging.getLogger(__name__)
@@ -161,6 +161,7 @@ def main(argv=None) -> None:
     # accelerate steps the schedule once for every process.
     schedule = [steps * accelerator.num_processes for steps in (args.lr_warmup_steps, args.max_train_steps)]
     lr_scheduler = get_cosine_schedule_with_warmup(optimizer, *schedule)
+    plain_attention_on_cpu(unet.to(accelerator.device))
     unet, optimizer, loader, lr_scheduler = accelerator.prepare(unet, optimizer, loader, lr_scheduler)
     ema = EMAModel(accelerator.unwrap_model(unet).parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
     ema.to(accelerator.device)

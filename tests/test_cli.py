@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from vdu_peft import demo
+from vdu_peft import options as command_line
 from vdu_peft.adapter import load_adapter
 from vdu_peft.cli import main
 from vdu_peft.demo import assets
@@ -446,3 +447,14 @@ def test_demo_runs_whole_and_stock_libraries_draw_what_we_draw(tmp_path, capsys)
     # float32 rounding, carried through five sampler steps.
     torch.testing.assert_close(stock["adapter"], (ours + 1) / 2, atol=1e-4, rtol=0)
     torch.testing.assert_close(stock["merged"], (ours + 1) / 2, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("can", [{}, {"avx512_bf16": False}, {"avx512_bf16": True}, {"amx_bf16": True}])
+def test_the_demo_learns_in_bfloat16_on_cpus_that_compute_in_it(device, can, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can, raising=False)
+    monkeypatch.setattr(command_line, "best_device", lambda: torch.device(device))
+    unlearning = ["unlearn", "--model=a", "--forget_data=b", "--output_dir=c"]
+    assert command_line.parse(["demo"]).mixed_precision == ("bf16" if device == "cpu" and any(can.values()) else "no")
+    assert command_line.parse(["demo", "--mixed_precision=no"]).mixed_precision == "no"
+    assert command_line.parse(unlearning).mixed_precision == "no"

@@ -12,10 +12,12 @@ from diffusers import (
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from safetensors.torch import save_file
 from torch import nn
 
-from vdu_peft.denoiser import Denoiser, ModelError, as_denoiser
+from vdu_peft.demo import assets
+from vdu_peft.denoiser import Denoiser, ModelError, as_denoiser, plain_attention_on_cpu
 from vdu_peft.replay import forget_scores
 
 
@@ -32,6 +34,18 @@ def test_zero_terminal_snr_leaves_an_error_to_compare_with():
 def test_variants_beside_the_weights_do_not_count(pipeline_folder):
     save_file({"x": torch.zeros(1, dtype=torch.float16)}, pipeline_folder / "unet" / "a.fp16.safetensors")
     assert Denoiser.from_pretrained(pipeline_folder).stored_dtype == torch.float32
+
+
+def test_plain_attention_is_attention():
+    """The demo's network: float32's own error, since every number of its prediction is a sum of hundreds."""
+    network = Denoiser.from_pretrained(assets() / "ddpm").model
+    x_t, timesteps = torch.randn(4, 1, 28, 28), torch.tensor([10, 300, 600, 990])
+    with torch.no_grad():
+        fused = network(x_t, timesteps).sample
+        plain_attention_on_cpu(network)
+        plain = network(x_t, timesteps).sample
+    torch.testing.assert_close(plain, fused, atol=1e-5, rtol=0)
+    assert [type(m.processor) for m in network.modules() if isinstance(m, Attention)].count(AttnProcessor) >= 3
 
 
 def test_a_single_file_is_told_what_to_do(tmp_path):

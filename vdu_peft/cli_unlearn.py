@@ -14,11 +14,12 @@ from vdu_peft.classes import run_classes
 from vdu_peft.config import ConfigError, UnlearnConfig, VDUConfig
 from vdu_peft.data import ImageSource
 from vdu_peft.demo import peak_memory_mib, run_demo
-from vdu_peft.denoiser import Denoiser
+from vdu_peft.denoiser import Denoiser, best_device
 from vdu_peft.evaluation import check_evaluation
 from vdu_peft.options import ADAPTER_OPTIONS
+from vdu_peft.precision import check_precision
 from vdu_peft.text_denoiser import TextDenoiser, anchor_prompts, neutral_prompts, open_denoiser, read_prompts
-from vdu_peft.trainer import check_precision, check_run, unlearn
+from vdu_peft.trainer import check_run, unlearn
 
 
 def run_unlearn(args: argparse.Namespace) -> int:
@@ -139,8 +140,7 @@ def run_demo_command(args: argparse.Namespace) -> int:
 def _run_config(args: argparse.Namespace) -> tuple[UnlearnConfig, dict]:
     config = UnlearnConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(UnlearnConfig)})
     # Not accelerate's device: to ask for it so early starts accelerate without the run's options.
-    has_gpu = torch.accelerator.is_available()
-    check_precision(config, torch.accelerator.current_accelerator() if has_gpu else torch.device("cpu"))
+    check_precision(config, best_device())
     adapter = {name: getattr(args, option) for option, name in ADAPTER_OPTIONS.items()}
     adapter["variational"] = args.variational
     VDUConfig(target_modules=["any"], **adapter)  # its checks, before anything is loaded

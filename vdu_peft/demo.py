@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from vdu_peft.config import UnlearnConfig, VDUConfig
-from vdu_peft.denoiser import Denoiser
+from vdu_peft.denoiser import Denoiser, plain_attention_on_cpu
 from vdu_peft.evaluation import Report, evaluate, held_out_loss_gap, loss_plot
 from vdu_peft.judge import Judge
 from vdu_peft.pixels import to_tensor
@@ -27,7 +27,9 @@ def assets() -> Path:
 
 def base_denoiser() -> Denoiser:
     """The demo's base model, on a GPU where there is one."""
-    return Denoiser.from_pretrained(assets() / "ddpm").to_best_device()
+    denoiser = Denoiser.from_pretrained(assets() / "ddpm").to_best_device()
+    plain_attention_on_cpu(denoiser.model)
+    return denoiser
 
 
 class DemoImages(NamedTuple):

@@ -12,7 +12,9 @@ from pathlib import Path
 import yaml
 
 from vdu_peft.config import ConfigError, UnlearnConfig, VDUConfig
+from vdu_peft.denoiser import best_device
 from vdu_peft.export import DTYPES, FORMATS
+from vdu_peft.precision import quick_precision
 
 # The adapter's options, by the names that diffusers' LoRA scripts use.
 ADAPTER_OPTIONS = {"rank": "r", "lora_alpha": "lora_alpha", "prior_scale": "prior_scale", "init_scale": "init_scale"}
@@ -204,7 +206,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     sub.add_argument("--num_inference_steps", type=int, default=25)
     sub.add_argument("--output_dir", type=Path, default=Path("demo"))
     sub.add_argument("--overwrite", action="store_true", help="write into an output_dir that is not empty")
-    _run_arguments(sub)
+    _run_arguments(sub, mixed_precision=quick_precision(best_device()))
 
     args = _with_config_file(parser, commands, argv)
     if hasattr(args, "overwrite") and not getattr(args, "resume_from_checkpoint", None):
@@ -307,12 +309,12 @@ def _explained(config: type) -> dict[str, str]:
     return {name: " ".join(text.replace("``", "").split()) for name, text in entries}
 
 
-def _run_arguments(parser: argparse.ArgumentParser) -> None:
-    """One option for every field of UnlearnConfig, and the adapter's."""
+def _run_arguments(parser: argparse.ArgumentParser, **defaults) -> None:
+    """One option for every field of UnlearnConfig, and the adapter's; ``defaults`` in place of the fields' own."""
     group = parser.add_argument_group("unlearning")
     explained = _explained(UnlearnConfig)
     for field in dataclasses.fields(UnlearnConfig):
-        kind, default = field.type, field.default
+        kind, default = field.type, defaults.get(field.name, field.default)
         text = explained.get(field.name, "") + ("" if default is None else f" Default: {default}.")
         options = {"default": default, "help": text.replace("%", "%%")}
         if kind is bool:

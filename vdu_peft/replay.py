@@ -2,12 +2,13 @@
 
 import logging
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 
 from vdu_peft.denoiser import Denoiser, in_turn
+from vdu_peft.precision import quick_precision
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,8 @@ def generate_replay(
         encoded images (M, C, H, W), M <= num_images, and the labels (M,) that they were drawn under or None.
     """
     labels = in_turn(class_labels, num_images) if class_labels else None
-    with _bfloat16_where_quicker(denoiser.device):
+    quick = quick_precision(denoiser.device) == "bf16"
+    with torch.autocast("cpu", torch.bfloat16) if quick else nullcontext():
         images = denoiser.sample(
             num_images,
             seed=seed + REPLAY_SEED,
@@ -75,14 +77,6 @@ def generate_replay(
             len({*labels.tolist()}),
         )
     return images[keep], labels[keep]
-
-
-def _bfloat16_where_quicker(device: torch.device) -> AbstractContextManager:
-    """Autocast on a CPU that computes in bfloat16: 1.6 times as quick on the demo's model, of as good images."""
-    told = getattr(torch.cpu, "get_capabilities", dict)()  # not in the oldest torch that we run on
-    if device.type == "cpu" and (told.get("avx512_bf16") or told.get("amx_bf16")):
-        return torch.autocast("cpu", torch.bfloat16)
-    return nullcontext()
 
 
 def forget_scores(forget: torch.Tensor, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

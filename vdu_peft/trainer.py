@@ -26,6 +26,7 @@ from vdu_peft.denoiser import Denoiser, as_denoiser
 from vdu_peft.history import WINDOW, collapsed, recent, run_status, steps_to_target, target_holds
 from vdu_peft.learning_rate import last_step, lr_factor
 from vdu_peft.pixels import check_images
+from vdu_peft.precision import check_precision
 from vdu_peft.replay import generate_replay
 from vdu_peft.terms import loss_terms
 
@@ -238,18 +239,6 @@ def check_run(
     attach(denoiser.model, copy.deepcopy(adapter))  # PEFT writes into the config
     detach(denoiser.model)
     make_trainable_as_before()
-
-
-def check_precision(config: UnlearnConfig, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-    """Whether a device learns in the run's precision, on frozen weights of ``dtype``.
-
-    Raises:
-        ConfigError: float16 on a CPU, where there is no gradient scaler and accelerate would use float32.
-    """
-    if device.type == "cpu" and config.mixed_precision == "fp16":
-        raise ConfigError("mixed_precision fp16: needs a GPU; use bf16 or no")
-    if device.type == "cpu" and dtype == torch.float16:
-        raise ConfigError("model: its weights are float16, which needs a GPU; load it in bfloat16 or float32")
 
 
 def _accelerator(config: UnlearnConfig, output_dir: Path | None, dtype: torch.dtype) -> Accelerator:
