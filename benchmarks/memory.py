@@ -10,6 +10,7 @@ Before that the VAE encodes one image at a time beside the network, which the la
 
 import argparse
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -140,6 +141,13 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = 0
         self.known: set[int] = set()
+
+    def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Leave out storages that were there before, until they go: another may then have their address."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self.known.add(storage._cdata)
+            weakref.finalize(storage, self.known.discard, storage._cdata)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))

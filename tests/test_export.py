@@ -86,7 +86,7 @@ def test_merging_holds_one_layer_s_delta_beside_the_model(tmp_path):
     peft_model = load_adapter(tiny_unet(), saved_adapter(tmp_path / "adapter"))
     largest = max(p.numel() for p in peft_model.parameters()) * 4
     with LiveBytes() as live:
-        live.known.update(p.untyped_storage()._cdata for p in peft_model.parameters())
+        live.ignore(peft_model.parameters())
         _check_merged_values(peft_model, torch.float32, "adapter")
         assert largest <= live.peak <= 2.1 * largest
         live.peak = live.now

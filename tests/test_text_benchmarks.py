@@ -437,6 +437,15 @@ def test_relearning_lowers_the_loss_of_its_images(dolls, monkeypatch):
     assert len(after) == 2 and after[1] < 0.9 * before
 
 
+def test_live_bytes_count_what_lies_where_something_ignored_was():
+    given = torch.zeros(1000)
+    with LiveBytes() as live:
+        live.ignore([given])
+        del given
+        made = [torch.zeros(1000) for _ in range(100)]
+    assert live.now == 4000 * len(made)
+
+
 def test_live_bytes_by_hand():
     with FakeTensorMode(), LiveBytes() as live:
         first = torch.empty(1000)  # 4,000 bytes
