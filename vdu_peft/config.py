@@ -148,9 +148,9 @@ def exactly(names: list[str], model: nn.Module) -> list[str] | str:
     return names
 
 
-# The replay where nothing else is asked for.
-REPLAY_UNCONDITIONAL = {"replay_size": 1024, "replay_keep_quantile": 1.0}
-REPLAY_CONDITIONAL = {"replay_size": 256, "replay_keep_quantile": 0.05}
+# What None stands for where nothing else is asked for.
+UNCONDITIONAL = {"forget_target": 1.5, "stability_weight": 1.25, "replay_size": 1024, "replay_keep_quantile": 1.0}
+CONDITIONAL = {"forget_target": 3.0, "stability_weight": 1.0, "replay_size": 256, "replay_keep_quantile": 0.05}
 
 
 @dataclass(frozen=True)
@@ -163,8 +163,12 @@ class UnlearnConfig:
 
     Args:
         plasticity: ``hinge`` (bounded, default) or ``elbo`` (the paper's, unbounded).
-        forget_target: c of the hinge: raise the forget images' denoising loss to c times the original.
-        stability_weight: weight of the function-space stability on self-generated replay.
+        forget_target: c of the hinge: raise the forget images' denoising loss to c times the original. When None, 1.5
+            for an unconditional model: about what a model that never saw a confusable class has on it at these
+            timesteps; past that, what lies near the concept is lost with it. 3 for a model with a condition, whose
+            forgotten condition is redirected.
+        stability_weight: weight of the function-space stability on self-generated replay. When None, 1.25 for an
+            unconditional model, 1 for one with a condition.
         kl_weight: weight of the KL (nats) per posterior weight: K is how many weights ``lora_B`` has. Not per element
             of the forget images, as beside a likelihood: the hinge is a ratio, in no nats, and then 20 images, or small
             ones, would be held by a prior so much stronger that nothing is learned.
@@ -202,8 +206,8 @@ class UnlearnConfig:
     """
 
     plasticity: Literal["hinge", "elbo"] = "hinge"
-    forget_target: float = 3.0
-    stability_weight: float = 1.0
+    forget_target: float | None = None
+    stability_weight: float | None = None
     kl_weight: float = 0.0005
     min_forget_timestep: int | None = None
     max_forget_timestep: int | None = None
@@ -231,7 +235,7 @@ class UnlearnConfig:
             known = self.__dataclass_fields__[name].type.__args__
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
-        if not self.forget_target > 1:
+        if self.forget_target is not None and not self.forget_target > 1:
             raise ConfigError(
                 f"forget_target must be greater than 1 (1 is the original loss), not {self.forget_target}"
             )
@@ -239,7 +243,7 @@ class UnlearnConfig:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be greater than 0, not {getattr(self, name)}")
         for name in ("stability_weight", "kl_weight", "checkpointing_steps"):
-            if not getattr(self, name) >= 0:
+            if getattr(self, name) is not None and not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
         for name in (
             "train_batch_size",
@@ -267,6 +271,9 @@ class UnlearnConfig:
             raise ConfigError(f"replay_keep_quantile must lie in [0, 1], not {self.replay_keep_quantile}")
 
     def filled(self, conditional: bool) -> "UnlearnConfig":
-        """With the replay's options that are None as they are for a model with a condition, or without one."""
-        defaults = REPLAY_CONDITIONAL if conditional else REPLAY_UNCONDITIONAL
+        """With the options that are None as they are for a model with a condition, or without one.
+
+        Not the timesteps', which the model's schedule decides.
+        """
+        defaults = CONDITIONAL if conditional else UNCONDITIONAL
         return dataclasses.replace(self, **{n: v for n, v in defaults.items() if getattr(self, n) is None})
