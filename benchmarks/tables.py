@@ -326,12 +326,15 @@ def composition_section(records: list[dict]) -> list[str]:
     """Several digits at once: one row per way and set of digits."""
     first = records[0]
     singles = {r["part"]["digits"][0]: r["u_fid_after"] for r in records if r["part"]["way"] == "single"}
-    replay = " or ".join(map(str, sorted({r["config"]["replay_size"] for r in records})))
+    replay, plasticity = (
+        " or ".join(map(str, sorted({r["config"][name] for r in records}))) for name in ("replay_size", "plasticity")
+    )
     lines = [
         "## Several digits at once",
         "",
         f"`python -m benchmarks.composition`: the defaults of one digit for every adapter, seed "
-        f"{first['config']['seed']}, with {replay} replay images; {first['num_samples']} samples, {first['sampler']}; "
+        f"{first['config']['seed']}, by {plasticity} with {replay} replay images; "
+        f"{first['num_samples']} samples, {first['sampler']}; "
         f"{provenance(records)}. PUL by the demo's judge and by "
         "LeNet-5, of each digit in turn; u-FID against real images of the digits that are left; the ratio is over the "
         "best of the single digits' own u-FIDs.",

@@ -369,7 +369,8 @@ def test_help_explains_the_runs_options_in_the_docstrings_words(capsys):
         main(["unlearn", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     for told in (
-        "c of the hinge: raise the forget images' denoising loss to c times the original. Default: 3.0.",
+        "c of both: raise the forget images' denoising loss to c times the original, and no further. Default: 3.0.",
+        "--plasticity {hinge,reciprocal,elbo} hinge or reciprocal (bounded)",
         "--max_forget_timestep MAX_FORGET_TIMESTEP and to less than this one. When",
         "--seed SEED of everything random. Default: 0.",
         "--rank RANK Rank of the adapter. Default: 4.",

@@ -26,6 +26,21 @@ def test_hinge_does_not_let_one_image_pay_for_another():
     assert objective.hinge(torch.tensor([1.0, 99.0]), base, 2.0).item() == pytest.approx(0.25)
 
 
+@pytest.mark.parametrize("ratio", [1.0, 1.7, 2.9, 3.0, 3.5])
+def test_reciprocal_pushes_less_the_further_an_image_is_and_not_past_the_target(ratio):
+    base = torch.tensor([2.0], dtype=torch.float64)
+    loss = (ratio * base).requires_grad_()
+    reciprocal = objective.reciprocal(loss, base, forget_target=3.0)
+    reciprocal.backward()
+    assert reciprocal.item() == pytest.approx(max(1 / ratio - 1 / 3, 0))
+    assert ratio == 3.0 or loss.grad.item() == pytest.approx(-1 / ratio**2 / 2 if ratio < 3 else 0)
+
+
+def test_reciprocal_is_of_each_image():
+    base = torch.tensor([1.0, 2.0, 1.0])
+    assert objective.reciprocal(torch.tensor([1.0, 4.0, 99.0]), base, 4.0).item() == pytest.approx((0.75 + 0.25) / 3)
+
+
 def test_elbo_is_minus_the_denoising_loss():
     assert objective.elbo(torch.tensor([1.0, 3.0])).item() == -2.0
 

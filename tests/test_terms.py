@@ -13,7 +13,7 @@ from vdu_peft.terms import loss_terms
 
 def test_images_of_the_anchor_are_redirected_but_not_pushed_away():
     """By hand: the hinge and the forget ratio are of the forget images alone, the redirection of both."""
-    config = UnlearnConfig(null_class=3, forget_target=2.0)
+    config = UnlearnConfig(null_class=3, plasticity="hinge", forget_target=2.0)
     denoiser = Denoiser(tiny_unet(num_class_embeds=4), DDPMScheduler())
     torch.manual_seed(0)
     images, noise, timesteps = torch.randn(8, 1, 8, 8), torch.randn(8, 1, 8, 8), torch.randint(1000, (8,))

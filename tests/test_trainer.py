@@ -52,12 +52,12 @@ def test_only_the_adapter_changes_and_eight_images_are_enough(pipeline_folder, f
 
 
 def test_first_step_is_the_stated_objective(pipeline_folder, forget):
-    """At a fresh deterministic adapter the model is the teacher: hinge 1 − 1/c, stability 0, ratio 1, KL 0."""
+    """At a fresh deterministic adapter the model is the teacher: plasticity 1 − 1/c, stability 0, ratio 1, KL 0."""
     denoiser = Denoiser.from_pretrained(pipeline_folder)
     adapter = VDUConfig.for_model(denoiser.model, variational=False)
     first = unlearn(denoiser, forget, replace(FAST, max_train_steps=1), adapter).history[0]
-    assert first["plasticity"] == pytest.approx(1 / 3, rel=1e-6) and first["forget_ratio"] == pytest.approx(1)
-    assert first["stability"] == 0 and first["kl"] == 0 and first["loss"] == pytest.approx(1 / 3, rel=1e-6)
+    assert first["plasticity"] == pytest.approx(2 / 3, rel=1e-6) and first["forget_ratio"] == pytest.approx(1)
+    assert first["stability"] == 0 and first["kl"] == 0 and first["loss"] == pytest.approx(2 / 3, rel=1e-6)
 
 
 def test_the_kl_weighs_per_posterior_weight_however_many_images(pipeline_folder, forget):
@@ -72,7 +72,7 @@ def test_the_kl_weighs_per_posterior_weight_however_many_images(pipeline_folder,
         assert record["loss"] == pytest.approx(terms + 3.0 * record["kl"] / sum(p.numel() for p in means), rel=1e-5)
 
 
-@pytest.mark.parametrize("plasticity", ["hinge", "elbo"])
+@pytest.mark.parametrize("plasticity", ["hinge", "reciprocal", "elbo"])
 def test_the_forget_loss_rises(pipeline_folder, forget, plasticity):
     config = replace(FAST, plasticity=plasticity, max_train_steps=60, learning_rate=5e-3, stability_weight=0.1)
     history = unlearn(pipeline_folder, forget, config).history
@@ -206,9 +206,8 @@ def test_silent_failures_are_reported(pipeline_folder, forget):
 def test_status(ratio, status):
     start = {"forget_ratio": 1.0, "stability": 0.1}
     history = [start, *[{"forget_ratio": ratio, "stability": 0.1}] * 30]
-    config = UnlearnConfig(forget_target=3.0)
-    assert run_status(history, config) == status
-    assert run_status([*history, *[{"forget_ratio": ratio, "stability": 2.0}] * 20], config) == "collapsed"
+    assert run_status(history, UnlearnConfig()) == status
+    assert run_status([*history, *[{"forget_ratio": ratio, "stability": 2.0}] * 20], UnlearnConfig()) == "collapsed"
 
 
 def test_a_run_settles_and_stops_once_its_target_holds(pipeline_folder, forget, tmp_path):
@@ -414,10 +413,7 @@ def test_a_redirection_that_succeeds_is_no_silent_failure():
     """The anchor's prediction may be as good on the forget images as their own condition's."""
 
     def status(*redirect):
-        return run_status(
-            [{"stability": 0.0, "forget_ratio": 1.0, "redirect": r} for r in redirect],
-            CONDITIONAL.filled(conditional=True),
-        )
+        return run_status([{"stability": 0.0, "forget_ratio": 1.0, "redirect": r} for r in redirect], CONDITIONAL)
 
     assert status(*[0.05] * 20, *[0.02] * 20) == "forgotten"
     assert status(*[0.05] * 20, *[0.04] * 20) == "partly forgotten"
@@ -504,11 +500,10 @@ def test_an_unconditional_model_keeps_all_that_it_draws(pipeline_folder, forget)
 
 
 def test_a_condition_decides_how_hard_the_forget_images_are_pushed_unless_that_is_asked_for():
-    """A redirected condition needs the hinge of 3; without one it pulls down what lies near."""
     pushes = [UnlearnConfig().filled(conditional=c) for c in (False, True)]
-    assert [(p.forget_target, p.stability_weight) for p in pushes] == [(1.5, 1.25), (3.0, 1.0)]
-    asked = UnlearnConfig(forget_target=2.0, stability_weight=0.0)
-    assert all((p.forget_target, p.stability_weight) == (2.0, 0.0) for p in map(asked.filled, (False, True)))
+    assert [(p.plasticity, p.stability_weight) for p in pushes] == [("reciprocal", 2.0), ("hinge", 1.0)]
+    asked = UnlearnConfig(plasticity="elbo", stability_weight=0.0)
+    assert all((p.plasticity, p.stability_weight) == ("elbo", 0.0) for p in map(asked.filled, (False, True)))
 
 
 def test_classes_without_a_replay_image_are_told_of(forget, caplog, monkeypatch):

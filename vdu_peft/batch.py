@@ -79,7 +79,7 @@ def draw_batch(
         if classes.null is not None:
             labels = torch.where(torch.rand(2, total) < NULL_SHARE, classes.null, labels)
         drawn.append(labels)
-        if config.plasticity == "hinge" and (choices := classes.anchors.shape[1]):
+        if config.plasticity != "elbo" and (choices := classes.anchors.shape[1]):
             anchors = classes.anchors[forget_indices, torch.randint(choices, (total,))]
             of_anchor = replay_labels == anchors[:, None]  # (total, M)
             replaced = of_anchor.any(1) & (torch.rand(total) < ANCHOR_SHARE)

@@ -87,7 +87,7 @@ def _anchor_captions(captions: list[str], args: argparse.Namespace) -> list[str]
         return []
     if not captions:
         raise ConfigError("forget_concept: its words are looked for in captions; give a caption_column")
-    if args.plasticity != "hinge" or args.anchor_prompt:
+    if args.plasticity == "elbo" or args.anchor_prompt:
         name = "anchor_prompt" if args.anchor_prompt else f"plasticity {args.plasticity}"
         raise ConfigError(f"forget_concept: every caption is redirected to one of its own; leave out {name}")
     anchors = anchor_prompts(captions, args.forget_concept, args.anchor_concept)
@@ -109,7 +109,7 @@ def _with_prompts(config: UnlearnConfig, denoiser: Denoiser, args: argparse.Name
             "drawn without one), or give a caption_column"
         )
     labels = {"null_class": ""}
-    if config.plasticity == "hinge" and not args.forget_concept and args.forget_prompt != "":
+    if config.plasticity != "elbo" and not args.forget_concept and args.forget_prompt != "":
         labels["anchor_class"] = args.anchor_prompt
     if args.forget_prompt is not None:
         labels["forget_class"] = args.forget_prompt
@@ -159,7 +159,7 @@ def _outcome(result, output_dir: Path) -> int:
         mend = {
             "nothing learned": "raise max_train_steps or learning_rate, or lower kl_weight, and check that "
             "target_modules covers the model",
-            "collapsed": "use plasticity hinge, a larger stability_weight, or a smaller learning_rate or init_scale",
+            "collapsed": "use bounded plasticity, a larger stability_weight, or a smaller learning_rate or init_scale",
         }[result.status]
         _say(f"vdu-peft: error: {result.status}: {mend}", file=sys.stderr)
         return 1

@@ -42,10 +42,10 @@ REACHED = 1e-9
 def posterior_product(factors: Sequence[Factors], prior_std: float, rank: int) -> tuple[Factors, float]:
     """The product q_0 · ∏ (q_a / q_0) over the delta, and back to rank ``rank``.
 
-    The hinge is minus the forget images' denoising loss, which curves upwards in the delta, until it is met, and flat
-    then: those images push, with a force Λ_a μ_a, and make nobody more certain. So each Λ_a is q_0's precision as
-    adapter a found it on its row space, and q_0 has their mean: with P_a the projector on a's row space and
-    N = Σ_a P_a, every row i of the delta has
+    Bounded plasticity falls as the forget images' denoising loss rises, which curves upwards in the delta, and is flat
+    where the target is met: those images push, with a force Λ_a μ_a, and make nobody more certain. So each Λ_a is q_0's
+    precision as adapter a found it on its row space, and q_0 has their mean: with P_a the projector on a's row space
+    and N = Σ_a P_a, every row i of the delta has
 
         Λ_i = N^-½ (Σ_a Λ_ai) N^-½        μ_i = Λ_i⁻¹ Σ_a Λ_ai μ_ai
 

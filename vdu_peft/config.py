@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME
@@ -148,9 +148,17 @@ def exactly(names: list[str], model: nn.Module) -> list[str] | str:
     return names
 
 
+Plasticity = Literal["hinge", "reciprocal", "elbo"]
+Precision = Literal["no", "bf16", "fp16"]
+
 # What None stands for where nothing else is asked for.
-UNCONDITIONAL = {"forget_target": 1.5, "stability_weight": 1.25, "replay_size": 1024, "replay_keep_quantile": 1.0}
-CONDITIONAL = {"forget_target": 3.0, "stability_weight": 1.0, "replay_size": 256, "replay_keep_quantile": 0.05}
+UNCONDITIONAL = {
+    "plasticity": "reciprocal",
+    "stability_weight": 2.0,
+    "replay_size": 1024,
+    "replay_keep_quantile": 1.0,
+}
+CONDITIONAL = {"plasticity": "hinge", "stability_weight": 1.0, "replay_size": 256, "replay_keep_quantile": 0.05}
 
 
 @dataclass(frozen=True)
@@ -159,19 +167,19 @@ class UnlearnConfig:
 
     loss = plasticity + redirect + stability_weight · stability + kl_weight · KL / K
 
-    ``redirect`` is there for class-conditional and text-to-image models with ``hinge`` only, not of the null class.
+    ``redirect`` is there for class-conditional and text-to-image models, not with ``elbo`` and not of the null class.
 
     Args:
-        plasticity: ``hinge`` (bounded, default) or ``elbo`` (the paper's, unbounded).
-        forget_target: c of the hinge: raise the forget images' denoising loss to c times the original. When None, 1.5
-            for an unconditional model: about what a model that never saw a confusable class has on it at these
-            timesteps; past that, what lies near the concept is lost with it. 3 for a model with a condition, whose
-            forgotten condition is redirected.
-        stability_weight: weight of the function-space stability on self-generated replay. When None, 1.25 for an
+        plasticity: ``hinge`` or ``reciprocal`` (bounded), or ``elbo`` (the paper's, unbounded). When None,
+            ``reciprocal`` for an unconditional model: its push falls as the loss rises, so that it ends where replay
+            resists, near what is like the concept, and goes on where nothing does. ``hinge`` for a model with a
+            condition, which is redirected.
+        forget_target: c of both: raise the forget images' denoising loss to c times the original, and no further.
+        stability_weight: weight of the function-space stability on self-generated replay. When None, 2 for an
             unconditional model, 1 for one with a condition.
         kl_weight: weight of the KL (nats) per posterior weight: K is how many weights ``lora_B`` has. Not per element
-            of the forget images, as beside a likelihood: the hinge is a ratio, in no nats, and then 20 images, or small
-            ones, would be held by a prior so much stronger that nothing is learned.
+            of the forget images, as beside a likelihood: bounded plasticity is a ratio, in no nats, and then 20 images,
+            or small ones, would be held by a prior so much stronger that nothing is learned.
         min_forget_timestep: noise forget images at least to this timestep (of 1000). When None, to where it is decided
             what an image of the model's size shows: with less noise a higher loss only makes samples noisy, with more
             everything else is lost as well. 200 for a model with a condition; 0 for plasticity ``elbo``.
@@ -205,8 +213,8 @@ class UnlearnConfig:
         seed: of everything random.
     """
 
-    plasticity: Literal["hinge", "elbo"] = "hinge"
-    forget_target: float | None = None
+    plasticity: Plasticity | None = None
+    forget_target: float = 3.0
     stability_weight: float | None = None
     kl_weight: float = 0.0005
     min_forget_timestep: int | None = None
@@ -220,7 +228,7 @@ class UnlearnConfig:
     gradient_accumulation_steps: int = 1
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Precision = "no"
     random_flip: bool = False
     replay_size: int | None = None
     replay_inference_steps: int = 25
@@ -231,11 +239,11 @@ class UnlearnConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("plasticity", "mixed_precision"):
-            known = self.__dataclass_fields__[name].type.__args__
-            if getattr(self, name) not in known:
+        for name, kind in (("plasticity", Plasticity), ("mixed_precision", Precision)):
+            known = get_args(kind)
+            if getattr(self, name) not in (*known, self.__dataclass_fields__[name].default):
                 raise ConfigError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
-        if self.forget_target is not None and not self.forget_target > 1:
+        if not self.forget_target > 1:
             raise ConfigError(
                 f"forget_target must be greater than 1 (1 is the original loss), not {self.forget_target}"
             )

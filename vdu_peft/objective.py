@@ -22,6 +22,17 @@ def hinge(loss: torch.Tensor, base_loss: torch.Tensor, forget_target: float) -> 
     return (1 - loss / (forget_target * base_loss)).clamp_min(0).mean()
 
 
+def reciprocal(loss: torch.Tensor, base_loss: torch.Tensor, forget_target: float) -> torch.Tensor:
+    """Bounded plasticity that lets go: mean of max(0, ℓ_θ* / ℓ_θ − 1/c).
+
+    At c it ends as the hinge does, and before it pushes with a force of (ℓ_θ* / ℓ_θ)²: nine times less at 3 times the
+    original loss than at its start. So it stops where stability resists, beside what is like the forgotten, and goes
+    on where nothing does: a model that never saw a class has 2.5 times the loss on one unlike all others, 1.4 times
+    on one that is easily confused (``benchmarks.timesteps``), and no one c fits both. A scalar in [0, 1).
+    """
+    return (base_loss / loss - 1 / forget_target).clamp_min(0).mean()
+
+
 def elbo(loss: torch.Tensor) -> torch.Tensor:
     """The paper's plasticity inducer (VDU, arXiv 2510.04058): minus the denoising loss, unbounded below.
 
@@ -62,5 +73,5 @@ def stability(noise_pred: torch.Tensor, base_noise_pred: torch.Tensor, noise: to
 
 
 def forget_ratio(loss: torch.Tensor, base_loss: torch.Tensor) -> torch.Tensor:
-    """Mean over images of ℓ_θ / ℓ_θ*: 1 is the pre-trained model, the hinge aims at ``forget_target``."""
+    """Mean over images of ℓ_θ / ℓ_θ*: 1 is the pre-trained model, bounded plasticity aims at ``forget_target``."""
     return (loss / base_loss).mean()

@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 import sys
+import types
 import typing
 from pathlib import Path
 
@@ -317,12 +318,13 @@ def _run_arguments(parser: argparse.ArgumentParser, **defaults) -> None:
         kind, default = field.type, defaults.get(field.name, field.default)
         text = explained.get(field.name, "") + ("" if default is None else f" Default: {default}.")
         options = {"default": default, "help": text.replace("%", "%%")}
+        if isinstance(kind, types.UnionType):  # int | None: int
+            kind = next(t for t in typing.get_args(kind) if t is not types.NoneType)
         if kind is bool:
             group.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, **options)
         elif typing.get_origin(kind) is typing.Literal:
             group.add_argument(f"--{field.name}", choices=typing.get_args(kind), **options)
         else:
-            kind = next(t for t in (typing.get_args(kind) or (kind,)) if t is not type(None))  # int | None: int
             group.add_argument(f"--{field.name}", type=kind, **options)
     group = parser.add_argument_group("adapter")
     for option, name in ADAPTER_OPTIONS.items():

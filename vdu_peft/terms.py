@@ -33,7 +33,8 @@ def loss_terms(
     }
     if config.plasticity == "elbo":
         return {"plasticity": objective.elbo(loss), **terms}
-    terms["plasticity"] = objective.hinge(loss, base_loss, config.forget_target)
+    bounded = {"hinge": objective.hinge, "reciprocal": objective.reciprocal}[config.plasticity]
+    terms["plasticity"] = bounded(loss, base_loss, config.forget_target)
     if anchors is not None:
         terms["redirect"] = objective.redirect(
             noise_pred[:half],

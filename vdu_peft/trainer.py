@@ -304,7 +304,7 @@ def _save(
         facts = {"forget images": len(forget), "steps": len(history), "rank": rank, "seed": config.seed}
         if classes is not None:
             facts["forgotten"] = classes.named(classes.forget_labels, denoiser)
-            if config.plasticity == "hinge" and classes.anchors.numel():
+            if config.plasticity != "elbo" and classes.anchors.numel():
                 facts["drawn instead"] = classes.named(classes.anchors, denoiser)
         if history:
             facts["outcome"] = run_status(history, config)
