@@ -501,7 +501,7 @@ def test_an_unconditional_model_keeps_all_that_it_draws(pipeline_folder, forget)
 
 def test_a_condition_decides_how_hard_the_forget_images_are_pushed_unless_that_is_asked_for():
     pushes = [UnlearnConfig().filled(conditional=c) for c in (False, True)]
-    assert [(p.plasticity, p.stability_weight) for p in pushes] == [("reciprocal", 2.0), ("hinge", 1.0)]
+    assert [(p.plasticity, p.stability_weight) for p in pushes] == [("reciprocal", 1.75), ("hinge", 1.0)]
     asked = UnlearnConfig(plasticity="elbo", stability_weight=0.0)
     assert all((p.plasticity, p.stability_weight) == ("elbo", 0.0) for p in map(asked.filled, (False, True)))
 

@@ -154,7 +154,7 @@ Precision = Literal["no", "bf16", "fp16"]
 # What None stands for where nothing else is asked for.
 UNCONDITIONAL = {
     "plasticity": "reciprocal",
-    "stability_weight": 2.0,
+    "stability_weight": 1.75,
     "replay_size": 1024,
     "replay_keep_quantile": 1.0,
 }
@@ -175,7 +175,7 @@ class UnlearnConfig:
             resists, near what is like the concept, and goes on where nothing does. ``hinge`` for a model with a
             condition, which is redirected.
         forget_target: c of both: raise the forget images' denoising loss to c times the original, and no further.
-        stability_weight: weight of the function-space stability on self-generated replay. When None, 2 for an
+        stability_weight: weight of the function-space stability on self-generated replay. When None, 1.75 for an
             unconditional model, 1 for one with a condition.
         kl_weight: weight of the KL (nats) per posterior weight: K is how many weights ``lora_B`` has. Not per element
             of the forget images, as beside a likelihood: bounded plasticity is a ratio, in no nats, and then 20 images,
