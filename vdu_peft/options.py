@@ -6,7 +6,6 @@ import inspect
 import json
 import re
 import sys
-import types
 import typing
 from pathlib import Path
 
@@ -318,8 +317,8 @@ def _run_arguments(parser: argparse.ArgumentParser, **defaults) -> None:
         kind, default = field.type, defaults.get(field.name, field.default)
         text = explained.get(field.name, "") + ("" if default is None else f" Default: {default}.")
         options = {"default": default, "help": text.replace("%", "%%")}
-        if isinstance(kind, types.UnionType):  # int | None: int
-            kind = next(t for t in typing.get_args(kind) if t is not types.NoneType)
+        if type(None) in typing.get_args(kind):  # int | None: int
+            kind = next(t for t in typing.get_args(kind) if t is not type(None))
         if kind is bool:
             group.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, **options)
         elif typing.get_origin(kind) is typing.Literal:
