@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from vdu_peft.data import ImageDataset, ImageSource
 from vdu_peft.evaluation import labelled_grids
+from vdu_peft.processes import check_processes
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +106,7 @@ def main(argv=None) -> None:
     accelerator = Accelerator(
         project_config=ProjectConfiguration(args.output_dir, automatic_checkpoint_naming=True, total_limit=1)
     )
+    check_processes(accelerator)
     if accelerator.num_processes > 1:
         raise SystemExit("the autoencoder is small: train it in one process")
     set_seed(args.seed)

@@ -11,7 +11,7 @@ Its class-conditional twin, whose last label stands for "any class":
         --class_conditional --resolution 28 --channels 1 --output_dir mnist-ddpm-classes
 
 With options from a file, one on each line, which the command line wins over. MNIST at 16x16, whole and without a digit,
-is a base of the benchmarks; no model in color has been trained yet:
+and CIFAR-10 are bases of the benchmarks:
 
     python examples/train_ddpm.py @examples/configs/ddpm-mnist16.txt --train_data mnist.npz --output_dir mnist16
     python examples/train_ddpm.py @examples/configs/ddpm-mnist16.txt --train_data mnist.npz --output_dir mnist16-no-3 \
@@ -41,6 +41,7 @@ from tqdm.auto import tqdm
 from vdu_peft.data import ImageDataset, ImageSource
 from vdu_peft.denoiser import Denoiser, plain_attention_on_cpu
 from vdu_peft.evaluation import image_grid
+from vdu_peft.processes import check_processes
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +129,7 @@ def main(argv=None) -> None:
         mixed_precision=args.mixed_precision,
         project_config=ProjectConfiguration(args.output_dir, automatic_checkpoint_naming=True, total_limit=2),
     )
+    check_processes(accelerator)
     set_seed(args.seed, device_specific=True)  # processes must not draw the same noise
     source = ImageSource(
         args.train_data, image_column=args.image_column, label_column=args.label_column, labels=tuple(args.labels)

@@ -28,6 +28,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from vdu_peft.data import ImageSource
 from vdu_peft.evaluation import image_grid
+from vdu_peft.processes import check_processes
 from vdu_peft.text_denoiser import TextDenoiser
 
 logger = logging.getLogger(__name__)
@@ -152,6 +153,7 @@ def main(argv=None) -> None:
     accelerator = Accelerator(
         project_config=ProjectConfiguration(args.output_dir, automatic_checkpoint_naming=True, total_limit=1)
     )
+    check_processes(accelerator)
     set_seed(args.seed, device_specific=True)  # processes must not draw the same noise
     source = ImageSource(args.train_data, image_column=args.image_column, caption_column=args.caption_column)
     vae = AutoencoderKL.from_pretrained(args.vae, use_safetensors=True).to(accelerator.device)

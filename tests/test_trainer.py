@@ -276,6 +276,13 @@ def test_a_run_that_was_checked_is_the_same(pipeline_folder, forget, tmp_path):
     assert configs[0] == configs[1]
 
 
+def test_processes_that_accelerate_does_not_join_are_refused(pipeline_folder, forget, monkeypatch):
+    """As torchrun starts them; without a GPU, and not told to use the CPU, accelerate leaves each alone."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="2 processes were started, but accelerate joins 1.*ACCELERATE_USE_CPU"):
+        unlearn(Denoiser.from_pretrained(pipeline_folder), forget, FAST)
+
+
 def test_fp16_is_refused_where_it_cannot_be_had_or_resumed(pipeline_folder, forget, tmp_path):
     config = replace(FAST, mixed_precision="fp16", checkpointing_steps=1)
     with pytest.raises(AdapterError, match="resume: fp16's gradient scale is not kept in a checkpoint"):

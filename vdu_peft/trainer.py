@@ -27,6 +27,7 @@ from vdu_peft.history import WINDOW, collapsed, recent, run_status, steps_to_tar
 from vdu_peft.learning_rate import last_step, lr_factor
 from vdu_peft.pixels import check_images
 from vdu_peft.precision import check_precision
+from vdu_peft.processes import check_processes
 from vdu_peft.replay import generate_replay
 from vdu_peft.terms import loss_terms
 
@@ -245,7 +246,8 @@ def _accelerator(config: UnlearnConfig, output_dir: Path | None, dtype: torch.dt
     """The run's Accelerator, for frozen weights of ``dtype``.
 
     Raises:
-        ConfigError: a precision that the machine has not, or a tracker that is not there.
+        ConfigError: a precision that the machine has not, a tracker that is not there, or processes that are not
+            joined.
     """
     # accelerate keeps one precision per process and refuses another: a second run may well want one.
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
@@ -256,6 +258,7 @@ def _accelerator(config: UnlearnConfig, output_dir: Path | None, dtype: torch.dt
         )
     except ValueError as error:
         raise ConfigError(f"mixed_precision {config.mixed_precision}, report_to {config.report_to}: {error}") from error
+    check_processes(accelerator)
     check_precision(config, accelerator.device, dtype)
     if config.report_to and not accelerator.log_with:  # accelerate leaves out a tracker that is not installed
         raise ConfigError(f"report_to {config.report_to}: its package is not installed; install it, or leave it out")
