@@ -1,6 +1,7 @@
 """The base models that experiments unlearn on, each with its real images."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
-from vdu_peft.demo import DemoImages, assets, demo_images
+from benchmarks.judges import MODELS, ResNet20, lenet, resnet20
+from vdu_peft.demo import DemoImages, assets, demo_images, demo_judge
 from vdu_peft.denoiser import Denoiser
 from vdu_peft.judge import Judge
 from vdu_peft.pixels import to_tensor
 
-MODELS = Path(__file__).parent / "models"
 DATA = Path(__file__).parent / "data"
 # Real images of each other class that methods with retain data see, as many as the demo has.
 RETAINED_IMAGES = 100
@@ -32,13 +33,27 @@ class Base:
         folder: a diffusers pipeline. ``retrained-N/`` beside it is the same model trained without class N.
         data: name of the ``.npz`` with ``train_images``, ``train_labels``, ``test_images`` and ``test_labels`` in the
             data folder; None for the images that ship with the demo.
+        judge: reads the network whose features u-FID is of, and whose labels the report's shares are.
+        judge_name, headline_name: of it, and of the judge that this project did not train, for the tables.
+        headline: labels (N,) by that one of images (N, C, H, W) in [-1, 1], of the size that ``judge`` takes.
     """
 
     folder: Path
     data: str | None
+    judge: Callable[[], Judge | ResNet20] = demo_judge
+    judge_name: str = "demo judge"
+    headline: Callable[[torch.Tensor], torch.Tensor] = lenet
+    headline_name: str = "LeNet-5"
 
     def denoiser(self) -> Denoiser:
         return Denoiser.from_pretrained(self.folder).to_best_device()
+
+    def as_judged(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (N, C, H, W) in [-1, 1] at its judges' size: those of another one by bicubic interpolation."""
+        size = self.judge().image_size
+        if images.shape[-2:] == size:
+            return images
+        return F.interpolate(images, size=size, mode="bicubic", align_corners=False).clamp(-1, 1)
 
     @property
     def digest(self) -> str:
@@ -120,12 +135,13 @@ def _check_count(available: int, wanted: int | None, forget_class: int) -> None:
 BASES = {
     "mnist": Base(assets() / "ddpm", None),
     "mnist16": Base(MODELS / "mnist16" / "ddpm", "mnist.npz"),
+    "cifar10": Base(
+        MODELS / "cifar10" / "ddpm",
+        "cifar10_1k_per_class.npz",
+        judge=resnet20,
+        judge_name="ResNet-20",
+        headline=lambda images: resnet20().judge(images)[1],
+        headline_name="ResNet-20",
+    ),
 }
 DEMO = BASES["mnist"]
-
-
-def as_judged(images: torch.Tensor) -> torch.Tensor:
-    """Images (N, 1, H, W) in [-1, 1] at the MNIST judges' own size: smaller ones by bicubic interpolation."""
-    if images.shape[-2:] == Judge.image_size:
-        return images
-    return F.interpolate(images, size=Judge.image_size, mode="bicubic", align_corners=False).clamp(-1, 1)

@@ -17,10 +17,8 @@ from benchmarks.baselines import (
     siss,
     vdu,
 )
-from benchmarks.bases import as_judged
 from benchmarks.task import Outcome, Task
 from vdu_peft.config import UnlearnConfig, VDUConfig
-from vdu_peft.demo import demo_judge
 from vdu_peft.replay import REPLAY_SEED
 from vdu_peft.trainer import UnlearnError, unlearn
 
@@ -28,7 +26,7 @@ from vdu_peft.trainer import UnlearnError, unlearn
 def vdu_peft(task: Task, adapter: dict | None = None, oracle_filter: bool = False, **options) -> Outcome:
     """This package, from the forget images alone; options of UnlearnConfig, ``adapter`` those of VDUConfig.
 
-    With ``oracle_filter`` the demo's judge takes the forget images' digit out of the replay.
+    With ``oracle_filter`` the task's judge takes the forget images' class out of the replay.
     """
     config = UnlearnConfig(
         max_train_steps=task.max_train_steps, train_batch_size=task.train_batch_size, seed=task.seed, **options
@@ -54,13 +52,12 @@ def vdu_peft(task: Task, adapter: dict | None = None, oracle_filter: bool = Fals
 
 
 def oracle_replay(task: Task, config: UnlearnConfig) -> torch.Tensor:
-    """The model's own samples, less those that the demo's judge takes for the forget images' digit."""
+    """The model's own samples, less those that the judge takes for the forget images' class."""
     images = task.denoiser.sample(
         config.replay_size, seed=config.seed + REPLAY_SEED, num_inference_steps=config.replay_inference_steps
     )
-    judge = demo_judge()
-    (_, forget_labels), (_, labels) = judge.judge(as_judged(task.forget)), judge.judge(as_judged(images))
-    return images[labels != forget_labels.mode().values]
+    forget_class = task.classify(task.forget).mode().values
+    return images[task.classify(images) != forget_class]
 
 
 METHODS: dict[str, Callable[..., Outcome]] = {

@@ -5,15 +5,14 @@ import math
 from dataclasses import replace
 
 from benchmarks.baselines.finetune import draw, finetune, gradients, loss
-from benchmarks.bases import as_judged
+from benchmarks.bases import Base
 from benchmarks.experiment import Relearning
-from benchmarks.judges import lenet
 from benchmarks.task import Task
 from vdu_peft.demo import demo_samples
 
 
-def relearn(task: Task, options: Relearning, forget_class: int) -> list[float]:
-    """The class's share of samples by LeNet-5 after each of ``options.steps`` steps on all parameters.
+def relearn(task: Task, options: Relearning, forget_class: int, base: Base) -> list[float]:
+    """The class's share of samples by the headline judge after each of ``options.steps`` steps on all parameters.
 
     nan after steps that were not reached, as the loss was not finite. The task's own model is left as it is. A model
     that never knew the class would learn it from forget images, too: what counts is the difference between methods,
@@ -30,8 +29,8 @@ def relearn(task: Task, options: Relearning, forget_class: int) -> list[float]:
 
     def measure(step: int) -> None:
         if step in options.steps:
-            digits = lenet(as_judged(demo_samples(twin, options.num_samples, task.seed, None)))
-            shares.append((digits == forget_class).double().mean().item())
+            labels = base.headline(base.as_judged(demo_samples(twin, options.num_samples, task.seed, None)))
+            shares.append((labels == forget_class).double().mean().item())
 
     finetune(
         training,

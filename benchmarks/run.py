@@ -25,24 +25,23 @@ import torch
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
-from benchmarks.bases import DATA, BaseError, as_judged
+from benchmarks.bases import DATA, Base, BaseError
 from benchmarks.experiment import EXPERIMENTS, RESULTS, ExperimentError, Run, read_experiment
-from benchmarks.judges import lenet
 from benchmarks.methods import METHODS
 from benchmarks.relearning import relearn
 from benchmarks.results import StaleResultError, has_result, kept_images, write_result
 from benchmarks.task import Task
-from vdu_peft.demo import SAMPLE_STEPS, demo_judge, demo_samples, peak_memory_mib
+from vdu_peft.demo import SAMPLE_STEPS, demo_samples, peak_memory_mib
 from vdu_peft.evaluation import evaluate, held_out_loss_gap, labelled_grids
-from vdu_peft.metrics import class_shares, pul, pul_interval
+from vdu_peft.metrics import pul, pul_interval
 
 
 def run(item: Run, results: Path, data_dir: Path, threads: int, commit: str) -> None:
     """Forget, sample, judge, write the result and a picture beside it; in a process of its own."""
     torch.set_num_threads(threads)
-    experiment = item.experiment
-    denoiser = item.base.denoiser()
-    images = item.base.images(item.forget_class, item.num_forget_images, denoiser, data_dir)
+    experiment, base = item.experiment, item.base
+    denoiser, judge = base.denoiser(), base.judge()
+    images = base.images(item.forget_class, item.num_forget_images, denoiser, data_dir)
     before = before_images(item, results)
     task = Task(
         denoiser,
@@ -51,7 +50,8 @@ def run(item: Run, results: Path, data_dir: Path, threads: int, commit: str) -> 
         experiment.max_train_steps,
         experiment.train_batch_size,
         item.seed,
-        item.base.retrained(item.forget_class),
+        base.retrained(item.forget_class),
+        lambda images: judge.judge(base.as_judged(images))[1],
     )
     held_out = (images.reference, images.reference_labels, item.forget_class, item.seed + 1)
     gap_before = held_out_loss_gap(denoiser, *held_out)
@@ -61,10 +61,8 @@ def run(item: Run, results: Path, data_dir: Path, threads: int, commit: str) -> 
     cpu_seconds, peak_mib = time.process_time() - start, peak_memory_mib()
     after = demo_samples(denoiser, experiment.num_samples, item.seed, None)
     gaps = (gap_before, held_out_loss_gap(denoiser, *held_out))
-    judged_before, judged_after, reference = map(as_judged, (before, after, images.reference))
-    report = evaluate(
-        judged_before, judged_after, demo_judge(), item.forget_class, reference, images.reference_labels, gaps
-    )
+    judged_before, judged_after, reference = map(base.as_judged, (before, after, images.reference))
+    report = evaluate(judged_before, judged_after, judge, item.forget_class, reference, images.reference_labels, gaps)
     record = {
         "spec": item.spec,
         "base_model": item.base_model,
@@ -73,9 +71,9 @@ def run(item: Run, results: Path, data_dir: Path, threads: int, commit: str) -> 
         "cpu_seconds": cpu_seconds,
         "peak_memory_mib": peak_mib,
         "report": asdict(report),
-        "lenet": lenet_verdict(judged_before, judged_after, item.forget_class),
+        "headline": headline(base, judged_before, judged_after, item.forget_class),
         "relearning": [
-            {**asdict(options), "shares": relearn(task, options, item.forget_class)}
+            {**asdict(options), "shares": relearn(task, options, item.forget_class, base)}
             for options in experiment.relearning
         ],
         "environment": environment(commit),
@@ -86,11 +84,10 @@ def run(item: Run, results: Path, data_dir: Path, threads: int, commit: str) -> 
     write_result(file, record)
 
 
-def lenet_verdict(before: torch.Tensor, after: torch.Tensor, forget_class: int) -> dict:
+def headline(base: Base, before: torch.Tensor, after: torch.Tensor, forget_class: int) -> dict:
     """Shares and PUL by the judge that we did not train."""
-    labels = [lenet(images) for images in (before, after)]
-    counts = [int((ls == forget_class).sum()) for ls in labels]
-    shares = [class_shares(ls, 10)[forget_class].item() for ls in labels]
+    counts = [int((base.headline(images) == forget_class).sum()) for images in (before, after)]
+    shares = [count / len(images) for count, images in zip(counts, (before, after), strict=True)]
     return {
         "share_before": shares[0],
         "share_after": shares[1],

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import mean, median
 
 from benchmarks.adapter_cost import NAME as ADAPTER_COST
+from benchmarks.bases import BASES, Base
 from benchmarks.composition import NAME as COMPOSITION
 from benchmarks.experiment import EXPERIMENTS, RESULTS, Entry, Experiment, ExperimentError, read_experiment
 from benchmarks.results import provenance
@@ -31,7 +32,7 @@ INTRODUCTION = """\
 
 Written by `python -m benchmarks.tables` from `benchmarks/results/`, which `python -m benchmarks.run` fills from
 `benchmarks/experiments/`. Each result tells its options, seed, commit, versions, machine and times. These are our own
-figures on a small model; they reproduce no table of any paper.
+figures on small models; they reproduce no table of any paper.
 
 Base `mnist` is the demo's model with its images (`vdu_peft/assets/mnist`): an unconditional MNIST DDPM of 1.8 M
 parameters, 2,700 real test images of the other digits for u-FID. Base `mnist16` is the same network at 16 x 16, which
@@ -39,10 +40,12 @@ takes a third of the time, with all of MNIST's images; the judges see its sample
 bicubic interpolation ([models](models/README.md)). PUL is the relative drop in the share of samples that a judge calls
 the digit: by LeNet-5, which we did not train, and by the demo's judge. The ratio is u-FID after unlearning (demo
 judge's features) over the base model's FID against all ten digits. It counts both what is not forgotten and what
-quality it cost: the untouched base is near 2, a model that lost the digit and nothing else near 1. "Least kept" is the
-smallest share of a retained digit after unlearning relative to before. "Over retrained" is u-FID over that of the same
-model trained without the class. Precision and recall are of the samples against the same real images; retained TV is
-the total variation between the other digits' proportions before and after.
+quality it cost: the untouched base is near 2, a model that lost the digit and nothing else near 1. Base `cifar10` is a
+small unconditional DDPM of CIFAR-10, in color at 32 x 32; shares and features are a ResNet-20's, which we did not
+train, and FIDs are against 2,000 real test images. "Least kept" is the smallest share of a retained class after
+unlearning relative to before. "Over retrained" is u-FID over that of the same model trained without the class.
+Precision and recall are of the samples against the same real images; retained TV is the total variation between the
+other classes' proportions before and after.
 """
 
 
@@ -73,8 +76,6 @@ def least_kept(record: dict) -> float:
 
 
 COLUMNS: dict[str, tuple[Callable[[dict], float], str]] = {
-    "PUL, LeNet": (lambda r: r["lenet"]["pul"], "{:.1f}"),
-    "PUL, demo judge": (lambda r: r["report"]["pul"], "{:.1f}"),
     "u-FID": (lambda r: r["report"]["u_fid_after"], "{:.1f}"),
     "ratio": (ratio, "{:.2f}"),
     "KID": (lambda r: r["report"]["kid_after"], "{:.1f}"),
@@ -88,17 +89,33 @@ COSTS = ("u-FID", "ratio", "over retrained", "KID", "retained TV")
 Column = tuple[Callable[[dict], float], str]
 
 
+def base_of(records: list[dict]) -> Base:
+    """That of an experiment's records."""
+    return BASES[records[0]["spec"]["base"]]
+
+
+def pul_columns(records: list[dict]) -> dict[str, Column]:
+    """PUL by the judge that we did not train, and by the one whose features u-FID is of where that is another."""
+    base = base_of(records)
+    columns = {f"PUL, {base.headline_name}": (lambda r: r["headline"]["pul"], "{:.1f}")}
+    if base.judge_name != base.headline_name:
+        columns[f"PUL, {base.judge_name}"] = (lambda r: r["report"]["pul"], "{:.1f}")
+    return columns
+
+
 def columns_of(records: list[dict], retrained: dict[tuple[str, int], float]) -> dict[str, Column]:
-    """COLUMNS, and u-FID over that of the retrained model where there is one for any of the records."""
+    """PUL by each of the base's judges, COLUMNS, and u-FID over that of the retrained model where there is one for any
+    of the records."""
+    columns = {**pul_columns(records), **COLUMNS}
 
     def over(record: dict) -> float:
         u_fid = retrained.get((record["spec"]["base"], record["spec"]["forget_class"]), math.nan)
         return record["report"]["u_fid_after"] / u_fid
 
     if all(math.isnan(over(record)) for record in records):
-        return COLUMNS
-    ratio_at = list(COLUMNS).index("ratio") + 1
-    items = list(COLUMNS.items())
+        return columns
+    ratio_at = list(columns).index("ratio") + 1
+    items = list(columns.items())
     return dict([*items[:ratio_at], ("over retrained", (over, "{:.2f}")), *items[ratio_at:]])
 
 
@@ -109,9 +126,9 @@ def cell(values: list[float], form: str, pick: Callable[[list[float]], float] = 
 
 
 def pooled_interval(records: list[dict]) -> str:
-    """95 % interval of PUL by LeNet-5 over the samples of all runs together."""
+    """95 % interval of PUL by the headline judge over the samples of all runs together."""
     counts = [
-        sum(round(record["lenet"][when] * record["report"]["num_samples"]) for record in records)
+        sum(round(record["headline"][when] * record["report"]["num_samples"]) for record in records)
         for when in ("share_before", "share_after")
     ]
     total = sum(record["report"]["num_samples"] for record in records)
@@ -128,7 +145,7 @@ def class_table(records: list[dict], retrained: dict[tuple[str, int], float]) ->
     ]
     for record in records:
         spec, cells = record["spec"], [cell([value(record)], form) for value, form in columns.values()]
-        shares = [f"{record['lenet'][name]:.1%}" for name in ("share_before", "share_after")]
+        shares = [f"{record['headline'][name]:.1%}" for name in ("share_before", "share_after")]
         first = [str(spec["forget_class"]), images_of(spec), str(spec["seed"]), *shares, pooled_interval([record])]
         rows.append("| " + " | ".join([*first, *cells, record["status"]]) + " |")
     for size in dict.fromkeys(images_of(record["spec"]) for record in records):
@@ -160,7 +177,7 @@ def best_of_groups(found: dict[Entry, list[dict]]) -> dict[Entry, list[dict]]:
     """Of every group of entries the best, see USABLE_RATIO."""
 
     def rank(entry: Entry) -> tuple:
-        worst, forgotten = mean(map(ratio, found[entry])), mean(r["lenet"]["pul"] for r in found[entry])
+        worst, forgotten = mean(map(ratio, found[entry])), mean(r["headline"]["pul"] for r in found[entry])
         if not math.isfinite(worst):
             return False, -math.inf
         return (True, forgotten) if worst <= USABLE_RATIO else (False, -worst)
@@ -176,11 +193,13 @@ def method_table(
     found: dict[Entry, list[dict]], best: set[Entry], retrained: dict[tuple[str, int], float]
 ) -> list[str]:
     """The untouched base, then one row per entry, means over its runs, the best of each grid bold."""
-    columns = columns_of([record for records in found.values() for record in records], retrained)
+    every = [record for records in found.values() for record in records]
+    columns = columns_of(every, retrained)
     names = ["entry", "sees", "runs", *columns, "PUL interval", "trained", "CPU s/step", "CPU s", "MiB", "outcome"]
     rows = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
-    untouched = untouched_base(found)
-    rows.append(f"| untouched base | | | 0.0 | 0.0 | {untouched[0]:.1f} | {untouched[1]:.2f}" + " |" * (len(names) - 6))
+    u_fid, start = untouched_base(found)
+    untouched = [*["0.0"] * len(pul_columns(every)), f"{u_fid:.1f}", f"{start:.2f}"]
+    rows.append(f"| untouched base | | | {' | '.join(untouched)}" + " |" * (len(names) - 2 - len(untouched)))
     for entry, records in found.items():
         cells = [cell([value(r) for r in records], form) for value, form in columns.values()]
         name = f"**{entry.label}**" if entry in best else entry.label
@@ -210,10 +229,11 @@ def frontier_plot(found: dict[Entry, list[dict]], file: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     _, start = untouched_base(found)
+    judge = base_of(next(iter(found.values()))).headline_name
     points = [(0.0, start, "untouched base", "tab:gray")]
     for entry, records in found.items():
         color = "tab:red" if entry.method == "vdu_peft" else "tab:blue"
-        points.append((mean(r["lenet"]["pul"] for r in records), mean(map(ratio, records)), entry.label, color))
+        points.append((mean(r["headline"]["pul"] for r in records), mean(map(ratio, records)), entry.label, color))
     # Names in a column beside the plot, in the order of their points: beside those they cover each other.
     for place, (y, x, label, color) in enumerate(sorted(points)):
         axes.plot(x, y, "o", color=color)
@@ -226,7 +246,7 @@ def frontier_plot(found: dict[Entry, list[dict]], file: Path) -> None:
             fontsize=8,
             arrowprops={"arrowstyle": "-", "color": "0.75", "linewidth": 0.6, "shrinkB": 3, "relpos": (0, 0.5)},
         )
-    axes.set(xscale="log", xlabel="u-FID after / FID of the base (log)", ylabel="PUL by LeNet-5 (%)")
+    axes.set(xscale="log", xlabel="u-FID after / FID of the base (log)", ylabel=f"PUL by {judge} (%)")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -236,20 +256,21 @@ def frontier_plot(found: dict[Entry, list[dict]], file: Path) -> None:
 def relearning_tables(experiment: Experiment, found: dict[Entry, list[dict]]) -> list[str]:
     """One table per way of fine-tuning: the class's share of samples as it goes on, means over the runs."""
     lines = []
-    base_share = mean(r["lenet"]["share_before"] for records in found.values() for r in records)
+    judge = base_of(next(iter(found.values()))).headline_name
+    base_share = mean(r["headline"]["share_before"] for records in found.values() for r in records)
     for number, options in enumerate(experiment.relearning):
         lines += [
             f"Relearning: all parameters fine-tuned on {options.num_images} {options.source} images (Adam, learning "
             f"rate {options.learning_rate:g} at its peak, with warmup and decay over {options.steps[-1]} steps, batch "
             f"{experiment.train_batch_size}); the class's share of "
-            f"{options.num_samples} samples by LeNet-5. The base model's share is "
+            f"{options.num_samples} samples by {judge}. The base model's share is "
             f"{base_share:.1%}.",
             "",
             "| entry | before | " + " | ".join(f"{step} steps" for step in options.steps) + " | half of it back |",
             "|---" * (len(options.steps) + 3) + "|",
         ]
         for entry, records in found.items():
-            shares = [[r["lenet"]["share_after"], *r["relearning"][number]["shares"]] for r in records]
+            shares = [[r["headline"]["share_after"], *r["relearning"][number]["shares"]] for r in records]
             means = [mean(column) for column in zip(*shares, strict=True)]
             cells = ["not finite" if math.isnan(share) else f"{share:.1%}" for share in means]
             lines.append("| " + " | ".join([entry.label, *cells, half_back(means, options.steps, base_share)]) + " |")
@@ -339,7 +360,7 @@ def composition_section(records: list[dict]) -> list[str]:
         "LeNet-5, of each digit in turn; u-FID against real images of the digits that are left; the ratio is over the "
         "best of the single digits' own u-FIDs.",
         "",
-        "| digits | way | PUL, demo judge | PUL, LeNet | u-FID before | after | ratio |",
+        "| digits | way | PUL, demo judge | PUL, LeNet-5 | u-FID before | after | ratio |",
         "|---" * 7 + "|",
     ]
     for record in sorted(records, key=lambda r: (len(r["part"]["digits"]), r["part"]["digits"])):
@@ -355,7 +376,7 @@ def composition_section(records: list[dict]) -> list[str]:
 def robustness_section(records: list[dict], folder: Path) -> list[str]:
     """The adapter at other scales and in fewer bits: a table, and what the scale does in a plot."""
     first = records[0]
-    judges = {"demo judge": "PUL, demo judge", "lenet": "PUL, LeNet"}
+    judges = {"demo judge": "PUL, demo judge", "lenet": "PUL, LeNet-5"}
     digits = [record["digit"] for record in records]
     lines = [
         "## The adapter scaled, and merged into fewer bits",

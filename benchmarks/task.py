@@ -1,5 +1,6 @@
 """What every method is given: one base model, the forget images, and what it may retain by."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,7 @@ class Task:
         train_batch_size: forget images, and as many retained ones, per step.
         seed: of everything random.
         retrained: folder of the model trained without the class, where there is one.
+        classify: labels (N,) of images (N, C, H, W) in [-1, 1], for a method that is told what no user can know.
     """
 
     denoiser: Denoiser
@@ -31,6 +33,7 @@ class Task:
     train_batch_size: int
     seed: int
     retrained: Path | None = None
+    classify: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 class Outcome(NamedTuple):

@@ -17,7 +17,7 @@ from torch import nn
 from benchmarks import adapter_cost, composition, digits, robustness, run, tables, timesteps
 from benchmarks.baselines import erasediff, salun, selective_amnesia, siss, vdu
 from benchmarks.baselines.finetune import draw, finetune, gradients, loss, parameters
-from benchmarks.bases import BASES, Base, BaseError, as_judged
+from benchmarks.bases import BASES, DEMO, Base, BaseError
 from benchmarks.experiment import EXPERIMENTS, Entry, Relearning, read_experiment
 from benchmarks.judges import lenet
 from benchmarks.methods import METHODS, oracle_replay
@@ -244,7 +244,7 @@ RELEARNING = {"source": "forget", "num_images": 1, "learning_rate": 1e-4, "steps
             "siss has no option 'rate'",
         ),
         ({"methods": [{"label": "a", "method": "vdu_peft", "sees": "", "options": {"rate": 1}}]}, "no option 'rate'"),
-        ({"base": "none"}, "unknown base 'none'; known are mnist, mnist16"),
+        ({"base": "none"}, "unknown base 'none'; known are cifar10, mnist, mnist16"),
     ],
 )
 def test_bad_experiment_is_one_clear_error(tmp_path, capsys, change, message):
@@ -384,9 +384,9 @@ def test_a_base_s_images_are_the_first_of_their_class(small_base, tmp_path):
         base.images(3, 121, denoiser, tmp_path)
     with pytest.raises(BaseError, match="there are 100 images"):
         BASES["mnist"].images(3, 101, base_denoiser(), tmp_path)
-    assert as_judged(images.forget).shape == (2, 1, 28, 28)
+    assert base.as_judged(images.forget).shape == (2, 1, 28, 28)
     same = torch.rand(2, 1, 28, 28)
-    assert as_judged(same) is same
+    assert base.as_judged(same) is same
 
 
 def test_runs_on_another_base_beside_its_retrained_model(small_base, tmp_path, capsys):
@@ -423,7 +423,7 @@ def test_runs_on_another_base_beside_its_retrained_model(small_base, tmp_path, c
     assert ours["steps"] == 1 and gold["steps"] == 0 and gold["status"] == "retrained"
     # Its samples are the retrained pipeline's own.
     samples = demo_samples(Denoiser.from_pretrained(base.retrained(3)), 12, 0, None)
-    _, labels = demo_judge().judge(as_judged(samples))
+    _, labels = demo_judge().judge(base.as_judged(samples))
     assert gold["report"]["histogram_after"] == pytest.approx((torch.bincount(labels, minlength=10) / 12).tolist())
 
     folders = [f"--experiments_dir={tmp_path}", f"--results_dir={results}"]
@@ -448,7 +448,9 @@ def test_runs_on_another_base_beside_its_retrained_model(small_base, tmp_path, c
 
 def test_the_oracle_filter_drops_what_the_judge_calls_the_forgotten_digit():
     images, config = demo_images(7, base_denoiser()), UnlearnConfig(replay_size=30, replay_inference_steps=25)
-    task = Task(base_denoiser(), images.forget, images.retain, 1, 2, 0)
+    task = Task(
+        base_denoiser(), images.forget, images.retain, 1, 2, 0, classify=lambda images: demo_judge().judge(images)[1]
+    )
     every = base_denoiser().sample(30, seed=REPLAY_SEED, num_inference_steps=25)
     _, digits = demo_judge().judge(every)
     assert (digits == 7).any()
@@ -460,7 +462,8 @@ def test_the_judges_read_real_images_at_both_sizes(size):
     """LeNet-5's accuracy is stated as 99.08 % on all test images; these are of their harder half."""
     images = demo_images(0, base_denoiser())
     small = torch.stack([to_tensor(to_pixels(image).numpy()[0], (size, size), 1) for image in images.reference])
-    for labels in (lenet(as_judged(small)), demo_judge().judge(as_judged(small))[1]):
+    seen = DEMO.as_judged(small)
+    for labels in (lenet(seen), demo_judge().judge(seen)[1]):
         assert (labels == images.reference_labels).float().mean() > 0.975
 
 
@@ -469,9 +472,9 @@ def test_a_table_of_one_method_sums_up_by_number_of_forget_images():
         report = {"pul": pul, "u_fid_after": 1.0, "fid_before": 1.0, "kid_after": 1.0, "precision": 1.0, "recall": 1.0}
         report |= {"histogram_before": [0.5, 0.5], "histogram_after": [0.1, 0.9], "retained_distance": 0.0}
         report |= {"num_samples": 10}
-        spec = {"base": "a", "forget_class": 0, "num_forget_images": images, "seed": 0}
-        lenet = {"pul": pul, "share_before": 0.5, "share_after": 0.1}
-        return {"spec": spec, "report": report, "lenet": lenet, "status": "forgotten"}
+        spec = {"base": "mnist", "forget_class": 0, "num_forget_images": images, "seed": 0}
+        headline = {"pul": pul, "share_before": 0.5, "share_after": 0.1}
+        return {"spec": spec, "report": report, "headline": headline, "status": "forgotten"}
 
     rows = tables.class_table([record(8, 50.0), record(8, 60.0), record(8, 61.0), record(32, 90.0)], {})
     summaries = {tuple(cell.strip() for cell in row.split("|")[1:3]): row.split("|")[7].strip() for row in rows[6:]}
@@ -566,7 +569,7 @@ def test_tables_take_the_best_of_a_grid():
     def best(**figures):
         found = {}
         for label, (ratio, pul) in figures.items():
-            record = {"lenet": {"pul": pul}, "report": {"u_fid_after": ratio, "fid_before": 1.0}}
+            record = {"headline": {"pul": pul}, "report": {"u_fid_after": ratio, "fid_before": 1.0}}
             found[Entry(label, "siss", "", {}, "grid")] = [record]
         return [entry.label for entry in tables.best_of_groups(found)]
 
@@ -579,10 +582,10 @@ def test_u_fid_is_compared_with_the_retrained_model_of_the_same_base_and_class()
         spec = {"base": base, "forget_class": forget_class, "method": method}
         return {"spec": spec, "report": {"u_fid_after": u_fid}}
 
-    gold = [record("a", 1, 4.0, "retrained"), record("a", 1, 6.0, "retrained"), record("b", 1, 50.0, "retrained")]
-    retrained = tables.retrained_u_fids([*gold, record("a", 1, 99.0)])
-    assert retrained == {("a", 1): 5.0, ("b", 1): 50.0}
-    records = [record("a", 1, 10.0), record("a", 2, 10.0)]
+    gold = [record("mnist", 1, 4.0, "retrained"), record("mnist", 1, 6.0, "retrained")]
+    retrained = tables.retrained_u_fids([*gold, record("mnist16", 1, 50.0, "retrained"), record("mnist", 1, 99.0)])
+    assert retrained == {("mnist", 1): 5.0, ("mnist16", 1): 50.0}
+    records = [record("mnist", 1, 10.0), record("mnist", 2, 10.0)]
     value, form = tables.columns_of(records, retrained)["over retrained"]
     assert value(records[0]) == 2.0 and math.isnan(value(records[1]))
     assert tables.cell([value(r) for r in records], form) == "2.00" and tables.cell([math.nan], form) == ""
@@ -591,8 +594,8 @@ def test_u_fid_is_compared_with_the_retrained_model_of_the_same_base_and_class()
 
 def test_the_interval_of_several_runs_is_that_of_their_samples_together():
     def record(before, after, num_samples):
-        lenet = {"share_before": before / num_samples, "share_after": after / num_samples}
-        return {"lenet": lenet, "report": {"num_samples": num_samples}}
+        headline = {"share_before": before / num_samples, "share_after": after / num_samples}
+        return {"headline": headline, "report": {"num_samples": num_samples}}
 
     low, high = pul_interval(150, 7, 1500, 1500)
     assert tables.pooled_interval([record(100, 7, 1000), record(50, 0, 500)]) == f"{low:.0f} to {high:.0f}"
@@ -601,7 +604,7 @@ def test_the_interval_of_several_runs_is_that_of_their_samples_together():
 def test_relearning_that_breaks_off_says_so(task):
     """Weights that are not finite: no step is reached."""
     task.denoiser.model.weight.data[:] = float("nan")
-    shares = relearn(task, Relearning("retain", 3, 1e-4, [1, 2], 2), 0)
+    shares = relearn(task, Relearning("retain", 3, 1e-4, [1, 2], 2), 0, DEMO)
     assert len(shares) == 2 and all(map(math.isnan, shares))
 
 

@@ -74,9 +74,8 @@ def _evaluate_class(args: argparse.Namespace) -> int:
             raise ConfigError(f"{name}: goes with prompts")
     check_evaluation(args.num_samples)
     judge = Judge.from_file(args.judge)
-    num_classes = judge.head.out_features
-    if not 0 <= args.forget_class < num_classes:
-        raise ConfigError(f"forget_class must lie in 0 to {num_classes - 1}, the judge's classes")
+    if not 0 <= args.forget_class < judge.num_classes:
+        raise ConfigError(f"forget_class must lie in 0 to {judge.num_classes - 1}, the judge's classes")
     denoiser = Denoiser.from_pretrained(args.model)
     source = ImageSource(
         args.reference, split=args.dataset_split, image_column=args.image_column, label_column=args.label_column

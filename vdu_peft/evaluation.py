@@ -139,8 +139,7 @@ def evaluate(
     features_after, labels_after = judge.judge(after)
     real, _ = judge.judge(reference)
     retained = real[reference_labels != forget_class]
-    num_classes = judge.head.out_features
-    shares_before, shares_after = class_shares(labels_before, num_classes), class_shares(labels_after, num_classes)
+    shares_before, shares_after = (class_shares(ls, judge.num_classes) for ls in (labels_before, labels_after))
     precision, recall = precision_recall(features_after, retained)
     share_before, share_after = shares_before[forget_class].item(), shares_after[forget_class].item()
     return Report(

@@ -25,6 +25,7 @@ class Judge(nn.Module):
 
     def __init__(self, num_classes: int = 10):
         super().__init__()
+        self.num_classes = num_classes
         self.conv1 = nn.Conv2d(1, 16, 3)
         self.conv2 = nn.Conv2d(16, 32, 3)
         self.features_layer = nn.Linear(32 * 5 * 5, self.num_features)
