@@ -29,6 +29,8 @@ from vdu_peft.pixels import to_pixels
 from vdu_peft.version import __version__
 
 LOSS_IMAGES, LOSS_TIMESTEPS = 100, 5
+# Steps over which the loss plot averages: single batches differ more than a term moves in many steps.
+SMOOTHED = 20
 # Of samples, for a Fréchet distance on the 64 features of a judge.
 MIN_SAMPLES = 100
 
@@ -247,12 +249,15 @@ def histogram_plot(report: Report, file: Path) -> None:
 
 
 def loss_plot(history: list[dict[str, float]], file: Path) -> None:
-    """Every term of the loss over the steps, one panel each."""
+    """Every term of the loss over the steps, one panel each: each batch's own, and the mean of the last SMOOTHED."""
     from matplotlib.figure import Figure
 
     names = ["plasticity", "stability", "forget_ratio", "kl"]
     figure = Figure(figsize=(12, 3), layout="constrained")
+    steps, last = np.arange(1, len(history) + 1), min(SMOOTHED, len(history))
     for axes, name in zip(figure.subplots(1, len(names)), names, strict=True):
-        axes.plot(range(1, len(history) + 1), [record[name] for record in history])
+        values = [record[name] for record in history]
+        axes.plot(steps, values, color="0.8")
+        axes.plot(steps[last - 1 :], np.convolve(values, np.full(last, 1 / last), "valid"))
         axes.set(title="KL (nats)" if name == "kl" else name.replace("_", " "), xlabel="step")
     figure.savefig(file, dpi=100)
