@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,7 @@ class Base:
 
     folder: Path
     data: str | None
-    judge: Callable[[], Judge | ResNet20] = demo_judge
+    judge: Callable[[], Judge | ResNet20] = cache(demo_judge)
     judge_name: str = "demo judge"
     headline: Callable[[torch.Tensor], torch.Tensor] = lenet
     headline_name: str = "LeNet-5"

@@ -40,12 +40,12 @@ takes a third of the time, with all of MNIST's images; the judges see its sample
 bicubic interpolation ([models](models/README.md)). PUL is the relative drop in the share of samples that a judge calls
 the digit: by LeNet-5, which we did not train, and by the demo's judge. The ratio is u-FID after unlearning (demo
 judge's features) over the base model's FID against all ten digits. It counts both what is not forgotten and what
-quality it cost: the untouched base is near 2, a model that lost the digit and nothing else near 1. Base `cifar10` is a
-small unconditional DDPM of CIFAR-10, in color at 32 x 32; shares and features are a ResNet-20's, which we did not
-train, and FIDs are against 2,000 real test images. "Least kept" is the smallest share of a retained class after
-unlearning relative to before. "Over retrained" is u-FID over that of the same model trained without the class.
-Precision and recall are of the samples against the same real images; retained TV is the total variation between the
-other classes' proportions before and after.
+quality it cost: of digits the untouched base is near 2, a model that lost the digit and nothing else near 1. Base
+`cifar10` is a small unconditional DDPM of CIFAR-10, in color at 32 x 32, so far from real images that its own ratio is
+near 1; shares and features are a ResNet-20's, which we did not train, and FIDs are against 2,000 real test images.
+"Least kept" is the smallest share of a retained class after unlearning relative to before. "Over retrained" is u-FID
+over that of the same model trained without the class. Precision and recall are of the samples against the same real
+images; retained TV is the total variation between the other classes' proportions before and after.
 """
 
 
