@@ -1,7 +1,7 @@
 """Several digits at once: adapters put together, against learning them jointly or one after the other.
 
     python -m benchmarks.composition
-    python -m benchmarks.composition --jobs 2 --dry_run
+    python -m benchmarks.composition --ways sum product --seeds 0 1 2 --jobs 2 --dry_run
 
 Every digit's own adapter is learned first. ``sum`` (all merged by PEFT) and ``product`` (ours) put them
 together; ``sequential`` learns each on the merged model of those before it; ``joint`` learns one adapter from all
@@ -10,7 +10,8 @@ images. A result that is there is not made again.
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -93,17 +94,20 @@ def measure(part: Part, setting: Setting) -> None:
         **figures(before, samples(denoiser, setting), part.digits),
         "environment": environment(setting.commit),
     }
-    file = setting.results / f"{part.name}.json"
-    write_result(file, record)
+    write_result(result_file(part, setting), record)
 
 
-def missing(sets: Sequence[tuple[int, ...]], setting: Setting) -> tuple[list[Part], list[Part]]:
+def result_file(part: Part, setting: Setting) -> Path:
+    return setting.results / f"{part.name}-seed{setting.config.seed}.json"
+
+
+def missing(sets: Sequence[tuple[int, ...]], ways: Sequence[str], setting: Setting) -> tuple[list[Part], list[Part]]:
     """What is to be made: first the singles, which the others are put together from, and then the others."""
 
     def is_made(part: Part) -> bool:
-        return has_result(setting.results / f"{part.name}.json", DEMO.digest)
+        return has_result(result_file(part, setting), DEMO.digest)
 
-    others = [part for digits in sets for way in WAYS if way != "single" and not is_made(part := Part(way, digits))]
+    others = [part for digits in sets for way in ways if not is_made(part := Part(way, digits))]
     needed = {digit for part in others for digit in part.digits}
     singles = [Part("single", (digit,)) for digit in dict.fromkeys(digit for digits in sets for digit in digits)]
     # Adapters are not committed: a result may be there without its own.
@@ -116,19 +120,24 @@ def missing(sets: Sequence[tuple[int, ...]], setting: Setting) -> tuple[list[Par
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    together = [way for way in WAYS if way != "single"]
+    parser.add_argument("--ways", nargs="+", choices=together, default=together, help="how digits are put together")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of unlearning; samples have the next one")
     add_arguments(parser)
     args = parser.parse_args(argv)
-    setting = setting_of(args, NAME)
+    defaults = setting_of(args, NAME)
+    settings = [replace(defaults, config=replace(defaults.config, seed=seed)) for seed in args.seeds]
     try:
-        singles, others = missing(SETS, setting)
+        todo = [(setting, *missing(SETS, args.ways, setting)) for setting in settings]
     except StaleResultError as error:
         parser.error(str(error))
-    if args.dry_run:
-        print("\n".join(part.name for part in [*singles, *others]))
-    elif singles or others:
-        base_samples(setting)  # here, or every process would draw its own
-        for parts in (singles, others):
-            in_processes(measure, [(part, setting) for part in parts], args.jobs)
+    for setting, singles, others in todo:
+        if args.dry_run:
+            print("".join(f"{result_file(part, setting).stem}\n" for part in [*singles, *others]), end="")
+        elif singles or others:
+            base_samples(setting)  # here, or every process would draw its own
+            for parts in (singles, others):
+                in_processes(measure, [(part, setting) for part in parts], args.jobs)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, median
 
@@ -344,33 +344,54 @@ def adapter_cost_section(record: dict) -> list[str]:
 
 
 def composition_section(records: list[dict]) -> list[str]:
-    """Several digits at once: one row per way and set of digits."""
+    """Several digits at once: one row per way and set of digits, the mean over seeds."""
     first = records[0]
-    singles = {r["part"]["digits"][0]: r["u_fid_after"] for r in records if r["part"]["way"] == "single"}
+    rows: dict[tuple, dict[int, dict]] = {}
+    for record in records:
+        part = record["part"]
+        key = (len(part["digits"]), tuple(part["digits"]), part["way"])
+        rows.setdefault(key, {})[record["config"]["seed"]] = record
     replay, plasticity = (
         " or ".join(map(str, sorted({r["config"][name] for r in records}))) for name in ("replay_size", "plasticity")
     )
     lines = [
         "## Several digits at once",
         "",
-        f"`python -m benchmarks.composition`: the defaults of one digit for every adapter, seed "
-        f"{first['config']['seed']}, by {plasticity} with {replay} replay images; "
-        f"{first['num_samples']} samples, {first['sampler']}; "
-        f"{provenance(records)}. PUL by the demo's judge and by "
-        "LeNet-5, of each digit in turn; u-FID against real images of the digits that are left; the ratio is over the "
-        "best of the single digits' own u-FIDs.",
+        f"`python -m benchmarks.composition`: the defaults of one digit for every adapter, by {plasticity} with "
+        f"{replay} replay images; {first['num_samples']} samples, {first['sampler'].rpartition(', ')[0]}, the seed "
+        f"after unlearning's; {provenance(records)}. PUL by the demo's judge and by LeNet-5, of each digit in turn; "
+        "u-FID against real images of the digits that are left; the ratio is over the best of the single digits' own "
+        "u-FIDs of the same seed. Means over the seeds, and by the demo's judge each seed's own in brackets.",
         "",
-        "| digits | way | PUL, demo judge | PUL, LeNet-5 | u-FID before | after | ratio |",
-        "|---" * 7 + "|",
+        "| digits | way | seeds | PUL, demo judge | PUL, LeNet-5 | u-FID before | after | ratio |",
+        "|---" * 8 + "|",
     ]
-    for record in sorted(records, key=lambda r: (len(r["part"]["digits"]), r["part"]["digits"])):
-        digits = record["part"]["digits"]
-        puls = [", ".join(f"{record['pul'][judge][str(d)]:.1f}" for d in digits) for judge in ("demo judge", "lenet")]
-        ratio = record["u_fid_after"] / min(singles[d] for d in digits)
-        fids = [f"{record['u_fid_before']:.1f}", f"{record['u_fid_after']:.1f}", f"{ratio:.2f}"]
-        cells = [", ".join(map(str, digits)), record["part"]["way"], *puls, *fids]
+    for (_, digits, way), by_seed in sorted(rows.items()):
+        seeds = sorted(by_seed)
+        puls = {
+            judge: [[by_seed[s]["pul"][judge][str(d)] for s in seeds] for d in digits]
+            for judge in ("demo judge", "lenet")
+        }
+        singles = {s: [rows[1, (d,), "single"][s]["u_fid_after"] for d in digits] for s in seeds}
+        fids = [[by_seed[s][name] for s in seeds] for name in ("u_fid_before", "u_fid_after")]
+        ratios = [by_seed[s]["u_fid_after"] / min(singles[s]) for s in seeds]
+        cells = [
+            ", ".join(map(str, digits)),
+            way,
+            ", ".join(map(str, seeds)),
+            ", ".join(_with_each(values, ".1f") for values in puls["demo judge"]),
+            ", ".join(f"{mean(values):.1f}" for values in puls["lenet"]),
+            *(f"{mean(values):.1f}" for values in fids),
+            _with_each(ratios, ".2f"),
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]
+
+
+def _with_each(values: Sequence[float], form: str) -> str:
+    """The mean, and behind it in brackets the values where there are several."""
+    each = f" ({' '.join(f'{value:{form}}' for value in values)})" if len(values) > 1 else ""
+    return f"{mean(values):{form}}{each}"
 
 
 def robustness_section(records: list[dict], folder: Path) -> list[str]:

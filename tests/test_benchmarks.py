@@ -494,16 +494,18 @@ def test_what_an_adapter_costs_is_measured_and_shown(tmp_path):
     assert f"| adapter | {record['forward_seconds']['unmerged']:.3f} |" in (tmp_path / "README.md").read_text()
 
 
-def test_digits_are_put_together_measured_and_shown(tmp_path):
+def test_digits_are_put_together_measured_and_shown(tmp_path, capsys):
     config = UnlearnConfig(max_train_steps=2, train_batch_size=2, replay_size=4, replay_inference_steps=2)
     setting = digits.Setting(tmp_path / "composition", 8, 2, config, "commit", torch.get_num_threads())
     setting.results.mkdir()
-    singles, others = composition.missing([(1, 7)], setting)
+    ways = ["sum", "product", "sequential", "joint"]
+    singles, others = composition.missing([(1, 7)], ways, setting)
     assert [part.name for part in singles] == ["single-1", "single-7"]
     assert [part.name for part in others] == ["sum-1-7", "product-1-7", "sequential-1-7", "joint-1-7"]
     for part in [*singles, others[1]]:
         composition.measure(part, setting)
-    assert composition.missing([(1, 7)], setting) == ([], [others[0], *others[2:]])
+    assert composition.missing([(1, 7)], ways, setting) == ([], [others[0], *others[2:]])
+    assert composition.missing([(1, 7)], ["product"], setting) == ([], [])
     base, summed = base_denoiser().model, composition.plain_sum(base_denoiser().model, (1, 7), setting)
     expected = base.conv_in.weight.detach().clone()
     for digit in (1, 7):
@@ -511,7 +513,7 @@ def test_digits_are_put_together_measured_and_shown(tmp_path):
         expected += layer.get_delta_weight("default")
     torch.testing.assert_close(summed.conv_in.weight, expected, atol=1e-7, rtol=0)
     assert not torch.equal(summed.conv_in.weight, base.conv_in.weight)
-    record = json.loads((setting.results / "product-1-7.json").read_text())
+    record = json.loads((setting.results / "product-1-7-seed0.json").read_text())
     assert record["u_fid_after"] > 0 and record["num_samples"] == 8
     images = demo_images(1, base_denoiser())
     kept = digits.base_samples(setting)
@@ -520,11 +522,26 @@ def test_digits_are_put_together_measured_and_shown(tmp_path):
     expected = frechet_distance(*(demo_judge().judge(x)[0] for x in (kept, retained)))
     assert record["u_fid_before"] == pytest.approx(expected)
     folders = [f"--results_dir={tmp_path}", f"--output_dir={tmp_path}", f"--experiments_dir={tmp_path / 'none'}"]
+    # Another seed: the row is the mean over both, the ratio each over its own seed's better single.
+    fids = {name: json.loads((setting.results / f"{name}-seed0.json").read_text()) for name in ("single-1", "single-7")}
+    better = min(single["u_fid_after"] for single in fids.values())
+    for name, single in fids.items():
+        single["config"]["seed"], single["u_fid_after"] = 1, 2 * better
+        (setting.results / f"{name}-seed1.json").write_text(json.dumps(single))
+    other = record | {"u_fid_after": 6 * better, "config": record["config"] | {"seed": 1}}
+    (setting.results / "product-1-7-seed1.json").write_text(json.dumps(other))
     assert tables.main(folders) == 0
-    assert "| 1, 7 | product |" in (tmp_path / "README.md").read_text()
+    ratio = record["u_fid_after"] / better
+    row = next(
+        r for r in (tmp_path / "README.md").read_text().splitlines() if r.startswith("| 1, 7 | product | 0, 1 |")
+    )
+    assert row.endswith(f"| {(ratio + 3) / 2:.2f} ({ratio:.2f} 3.00) |")
     # Without its adapter a single is made again, but only for what is still to be put together.
     shutil.rmtree(setting.adapter(1))
-    assert composition.missing([(1, 7)], setting)[0] == [singles[0]]
+    assert composition.missing([(1, 7)], ways, setting)[0] == [singles[0]]
+    composition.main([f"--results_dir={tmp_path}", "--ways", "sum", "--seeds", "0", "3", "--dry_run"])
+    made = capsys.readouterr().out.split()
+    assert "product-1-7-seed3" not in made and {"single-1-seed3", "sum-1-7-seed3", "sum-0-4-seed0"} <= {*made}
 
 
 def test_a_rounded_weight_is_the_nearest_of_255_values():
