@@ -1,6 +1,7 @@
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,6 +56,7 @@ def unlearn_command(pipeline_folder, pictures, tmp_path):
 def test_from_a_folder_of_pictures_to_a_merged_pipeline(pipeline_folder, unlearn_command, tmp_path, capsys):
     main(unlearn_command)
     assert "after 3 steps" in capsys.readouterr().out
+    assert Image.open(tmp_path / "out" / "loss.png").width == 4 * 300
     model_and_adapter = [f"--model={pipeline_folder}", f"--adapter={tmp_path / 'out' / 'adapter'}"]
     grid = tmp_path / "grid.png"
     sample = ["sample", *model_and_adapter, "--num_images=4", "--num_inference_steps=2", f"--output_file={grid}"]
@@ -76,6 +78,32 @@ def test_from_a_folder_of_pictures_to_a_merged_pipeline(pipeline_folder, unlearn
     theirs = pipeline(batch_size=2, generator=generators, num_inference_steps=4, output_type="np").images
     # W + BA added once against two products per forward: float32 rounding over four sampler steps.
     torch.testing.assert_close((ours + 1) / 2, torch.from_numpy(theirs).movedim(-1, 1), atol=1e-4, rtol=0)
+
+
+def test_forgetting_is_measured_by_the_forget_images_alone(
+    unlearn_command, pipeline_folder, pictures, tmp_path, capsys
+):
+    main(unlearn_command)
+    evaluate = ["evaluate", f"--model={pipeline_folder}", f"--adapter={tmp_path / 'out' / 'adapter'}"]
+    evaluate += [f"--forget_data={pictures}", f"--output_dir={tmp_path / 'report'}", "--num_inference_steps=2"]
+    capsys.readouterr()
+    for options, message in (
+        (["--num_samples=99"], "num_samples must be at least 100"),
+        (["--forget_class=1"], "forget_class: forget_data is looked for without a judge"),
+        (["--clip_model=clip"], "clip_model: goes with prompts"),
+        (["--prompts=prompts.csv"], "forget_data: of a prompt file the judge tells what is forgotten"),
+    ):
+        assert main([*evaluate, *options]) == 2
+        assert message in capsys.readouterr().err
+    (tmp_path / "one").mkdir()
+    shutil.copy(pictures / "0.png", tmp_path / "one")
+    assert main([*evaluate, f"--forget_data={tmp_path / 'one'}"]) == 2
+    assert "forget_data: one image does not tell what is like it" in capsys.readouterr().err
+    assert main([*evaluate, "--num_samples=100"]) == 0
+    assert "samples that look like the forget images: " in capsys.readouterr().out
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["num_forget_images"] == 8 and report["forget_data"] == str(pictures)
+    assert (tmp_path / "report" / "grid.png").is_file()
 
 
 def test_a_concept_of_a_text_to_image_model(tmp_path, pictures, pipeline_folder, capsys):
@@ -102,6 +130,7 @@ def test_a_concept_of_a_text_to_image_model(tmp_path, pictures, pipeline_folder,
     assert "not a readable text file of prompts" in capsys.readouterr().err
     assert main([*command, *prompts, retain]) in (0, 1)
     assert "after 3 steps" in capsys.readouterr().out
+    assert Image.open(out / "loss.png").width == 5 * 300  # a panel for the redirection, too
     assert main([*command, "--overwrite", "--forget_prompt=", retain]) in (0, 1)
     assert "redirect" not in json.loads((out / "history.json").read_text())[0]
     assert "| forgotten | '' |" in (out / "adapter" / "README.md").read_text()

@@ -18,7 +18,6 @@ from torch import nn
 
 from vdu_peft.demo import assets
 from vdu_peft.denoiser import Denoiser, ModelError, as_denoiser, plain_attention_on_cpu
-from vdu_peft.replay import forget_scores
 
 
 def test_zero_terminal_snr_leaves_an_error_to_compare_with():
@@ -204,14 +203,3 @@ def test_bad_models_are_named(pipeline_folder, tmp_path):
         Denoiser(nn.Identity(), DDPMScheduler())
     with pytest.raises(ModelError, match="prediction_type 'flow'"):
         Denoiser(nn.Identity(), DDPMScheduler(prediction_type="flow"), (8, 8), 1)
-
-
-def test_forget_scores_find_the_forget_concept_among_samples():
-    torch.manual_seed(0)
-    concept = torch.zeros(20).index_fill(0, torch.tensor([0, 1]), 4.0)
-    forget = concept + torch.randn(50, 20)
-    samples = torch.randn(200, 20)
-    samples[:20] += concept
-    forget_score, sample_score = forget_scores(forget, samples)
-    dropped = sample_score >= torch.quantile(forget_score, 0.05)
-    assert dropped[:20].float().mean() >= 0.8 and dropped[20:].float().mean() <= 0.05

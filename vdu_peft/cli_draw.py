@@ -14,6 +14,7 @@ from vdu_peft.denoiser import Denoiser
 from vdu_peft.evaluation import check_evaluation, evaluate, held_out_loss_gap, labelled_grids
 from vdu_peft.export import DTYPES
 from vdu_peft.judge import AttributeJudge, Judge
+from vdu_peft.likeness_evaluation import evaluate_likeness
 from vdu_peft.prompt_file import Target, check_sizes, read_prompt_file, seeded
 from vdu_peft.text_denoiser import TextDenoiser, open_denoiser
 from vdu_peft.text_evaluation import MIN_FID_IMAGES, draw_and_look, evaluate_prompts, shown_places
@@ -62,17 +63,51 @@ def run_sample(args: argparse.Namespace) -> int:
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
-    return _evaluate_prompts(args) if args.prompts else _evaluate_class(args)
+    if args.prompts:
+        return _evaluate_prompts(args)
+    return _evaluate_likeness(args) if args.forget_data else _evaluate_class(args)
+
+
+def _check_samples(args: argparse.Namespace) -> None:
+    """Of an evaluation that draws samples without a prompt: enough of them, and no option that goes with prompts."""
+    for name in ("forget_attribute", "clip_model", "nudenet", "resolution", "guidance_scale", "dtype"):
+        if getattr(args, name) is not None and getattr(args, name) is not False:  # 0 is a guidance scale
+            raise ConfigError(f"{name}: goes with prompts")
+    check_evaluation(args.num_samples)
+
+
+def _evaluate_likeness(args: argparse.Namespace) -> int:
+    for name in ("judge", "reference", "forget_class"):
+        if getattr(args, name) is not None:
+            raise ConfigError(f"{name}: forget_data is looked for without a judge; give one or the other")
+    _check_samples(args)
+    denoiser = Denoiser.from_pretrained(args.model)
+    source = ImageSource(
+        args.forget_data,
+        split=args.dataset_split,
+        image_column=args.image_column,
+        label_column=args.label_column,
+        labels=tuple(args.forget_label),
+    )
+    forget = source.load(denoiser.image_size, denoiser.channels)
+    denoiser.model = load_adapter(denoiser.to_best_device().model, args.adapter).get_base_model()
+    sampling = {"num_inference_steps": args.num_inference_steps, "seed": args.seed}
+    report, panels = evaluate_likeness(denoiser, forget, num_samples=args.num_samples, progress=True, **sampling)
+    context = {name: str(getattr(args, name)) for name in ("model", "adapter", "forget_data")}
+    context["sampler"] = f"DDIM, {args.num_inference_steps} steps, seed {args.seed}"
+    report.save(args.output_dir, panels, **context)
+    print("\n".join(report.lines()))
+    return 0
 
 
 def _evaluate_class(args: argparse.Namespace) -> int:
     for name in ("judge", "reference", "label_column", "forget_class"):
         if getattr(args, name) is None:
-            raise ConfigError(f"{name}: needed to evaluate a forgotten class; for text-to-image models give prompts")
-    for name in ("forget_attribute", "clip_model", "nudenet", "resolution", "guidance_scale", "dtype"):
-        if getattr(args, name) is not None and getattr(args, name) is not False:  # 0 is a guidance scale
-            raise ConfigError(f"{name}: goes with prompts")
-    check_evaluation(args.num_samples)
+            raise ConfigError(
+                f"{name}: needed to evaluate a forgotten class; without a judge give forget_data, of text-to-image "
+                "models prompts"
+            )
+    _check_samples(args)
     judge = Judge.from_file(args.judge)
     if not 0 <= args.forget_class < judge.num_classes:
         raise ConfigError(f"forget_class must lie in 0 to {judge.num_classes - 1}, the judge's classes")
@@ -109,6 +144,8 @@ def _evaluate_class(args: argparse.Namespace) -> int:
 
 def _evaluate_prompts(args: argparse.Namespace) -> int:
     check_evaluation()
+    if args.forget_data is not None:
+        raise ConfigError("forget_data: of a prompt file the judge tells what is forgotten; leave it out")
     if args.forget_class is not None:
         raise ConfigError("forget_class: a prompt file's target is a forget_attribute")
     if args.label_column is not None:

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TextIO
 
@@ -15,7 +16,7 @@ from vdu_peft.config import ConfigError, UnlearnConfig, VDUConfig
 from vdu_peft.data import ImageSource
 from vdu_peft.demo import peak_memory_mib, run_demo
 from vdu_peft.denoiser import Denoiser, best_device
-from vdu_peft.evaluation import check_evaluation
+from vdu_peft.evaluation import check_evaluation, loss_plot
 from vdu_peft.options import ADAPTER_OPTIONS
 from vdu_peft.precision import check_precision
 from vdu_peft.text_denoiser import TextDenoiser, anchor_prompts, neutral_prompts, open_denoiser, read_prompts
@@ -76,6 +77,8 @@ def run_unlearn(args: argparse.Namespace) -> int:
         output_dir=args.output_dir,
         resume=bool(args.resume_from_checkpoint),
     )
+    if find_spec("matplotlib") and PartialState().is_main_process:  # of the extra eval, which a run does not need
+        loss_plot(result.history, args.output_dir / "loss.png")
     return _outcome(result, args.output_dir)
 
 

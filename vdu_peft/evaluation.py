@@ -108,13 +108,17 @@ class Report:
             samples: what was judged, by title; the first 80 are shown.
             context: whatever tells how the figures came about. In the JSON, what is not a number becomes null.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        labelled_grids({title: images[:80] for title, images in samples.items()}).save(folder / "grid.png")
+        write_report(folder, asdict(self), {title: images[:80] for title, images in samples.items()}, **context)
         histogram_plot(self, folder / "histogram.png")
-        versions = {"vdu_peft": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
-        figures = {name: _finite(value) for name, value in asdict(self).items()}
-        record = {**figures, **context, "versions": versions}
-        (folder / "report.json").write_text(json.dumps(record, indent=2, default=str, allow_nan=False) + "\n")
+
+
+def write_report(folder: Path, figures: dict, panels: dict[str, torch.Tensor], **context) -> None:
+    """Write report.json, of the figures with their context, and grid.png, of the panels by title."""
+    folder.mkdir(parents=True, exist_ok=True)
+    labelled_grids(panels).save(folder / "grid.png")
+    versions = {"vdu_peft": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
+    record = {**{name: _finite(value) for name, value in figures.items()}, **context, "versions": versions}
+    (folder / "report.json").write_text(json.dumps(record, indent=2, default=str, allow_nan=False) + "\n")
 
 
 def _finite(value):
@@ -252,8 +256,8 @@ def loss_plot(history: list[dict[str, float]], file: Path) -> None:
     """Every term of the loss over the steps, one panel each: each batch's own, and the mean of the last SMOOTHED."""
     from matplotlib.figure import Figure
 
-    names = ["plasticity", "stability", "forget_ratio", "kl"]
-    figure = Figure(figsize=(12, 3), layout="constrained")
+    names = [name for name in ("plasticity", "redirect", "stability", "forget_ratio", "kl") if name in history[0]]
+    figure = Figure(figsize=(3 * len(names), 3), layout="constrained")
     steps, last = np.arange(1, len(history) + 1), min(SMOOTHED, len(history))
     for axes, name in zip(figure.subplots(1, len(names)), names, strict=True):
         values = [record[name] for record in history]

@@ -156,14 +156,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     sub = command(
         "evaluate",
-        "Measure what an adapter forgot and what it cost, by a judge and real images.",
-        "vdu-peft evaluate --model base --adapter out/adapter --judge judge.safetensors --reference test.npz "
+        "Measure what an adapter forgot and what it cost: by the forget images alone, or by a judge and real images.",
+        "vdu-peft evaluate --model base --adapter out/adapter --forget_data bad_pictures/ --output_dir report\n"
+        "  vdu-peft evaluate --model base --adapter out/adapter --judge judge.safetensors --reference test.npz "
         "--image_column images --label_column labels --forget_class 3 --output_dir report\n"
         "  vdu-peft evaluate --model sd --adapter out/adapter --prompts prompts.csv --judge judge.safetensors "
         "--forget_attribute weapon=sword --output_dir report",
     )
     _model_argument(sub)
     sub.add_argument("--adapter", type=Path, required=True)
+    sub.add_argument(
+        "--forget_data",
+        help="the forget images, as for unlearn: how many samples look like them, told without a judge or labels",
+    )
+    sub.add_argument("--forget_label", nargs="+", default=[], help="keep only images that the data set labels so")
     sub.add_argument(
         "--judge",
         type=Path,
@@ -189,7 +195,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--num_samples",
         type=int,
         default=1000,
-        help="samples with the adapter off, and as many with it on; of prompts one each",
+        help="samples with the adapter off, and as many with it on (for forget_data as many again, to compare with); "
+        "of prompts one each",
     )
     sub.add_argument("--num_inference_steps", type=int, default=25)
     sub.add_argument("--output_dir", type=Path, required=True, help="gets report.json and pictures")

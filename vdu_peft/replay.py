@@ -5,19 +5,13 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
-import torch.nn.functional as F
 
 from vdu_peft.denoiser import Denoiser, in_turn
+from vdu_peft.likeness import forget_scores, likeness_features
 from vdu_peft.precision import quick_precision
 
 logger = logging.getLogger(__name__)
 
-# Where the mid block tells kinds of images apart: with less noise it sees real against generated instead.
-FEATURE_TIMESTEPS = (100, 300, 500)  # of 1000
-# Ridge penalty of the forget-likeness regression. With a weak one and a few dozen forget images it learns real
-# against generated, and generated images of the concept pass: at 0.01 it catches 10 to 32 % of them, at 1 it
-# catches 67 to 89 % (demo model, digits 1, 4, 7 and 8, 100 forget images, 256 samples).
-RIDGE = 1.0
 # Added to the run's seed: a report must not judge the very samples trained on.
 REPLAY_SEED = 7919
 
@@ -58,10 +52,9 @@ def generate_replay(
         )
     if keep_quantile == 1:
         return images, labels
-    timesteps = [t * denoiser.num_train_timesteps // 1000 for t in FEATURE_TIMESTEPS]
-    options = {"seed": seed, "class_label": class_labels[0] if class_labels else None}
+    class_label = class_labels[0] if class_labels else None
     forget_score, sample_score = forget_scores(
-        denoiser.features(forget, timesteps, **options), denoiser.features(images, timesteps, **options)
+        *(likeness_features(denoiser, x, seed, class_label) for x in (forget, images))
     )
     keep = sample_score < torch.quantile(forget_score, keep_quantile)
     if keep.sum() < 2:
@@ -77,38 +70,3 @@ def generate_replay(
             len({*labels.tolist()}),
         )
     return images[keep], labels[keep]
-
-
-def forget_scores(forget: torch.Tensor, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Forget-likeness of both sets: log-odds of a logistic regression of forget images against samples.
-
-    The samples hold some of the forget concept themselves; the regression, being linear and penalised,
-    cannot carve those few out, so they score like forget images.
-
-    Args:
-        forget: features (N_f, F).
-        samples: features (N, F).
-
-    Returns:
-        scores (N_f,) and (N,), float64.
-    """
-    features = torch.cat([forget, samples]).double()
-    features = (features - features.mean(0)) / features.std(0).clamp_min(1e-6)
-    labels = torch.cat([torch.ones(len(forget)), torch.zeros(len(samples))]).double()
-    # Both sets weigh the same whatever their sizes.
-    row_weight = torch.where(labels == 1, 0.5 / len(forget), 0.5 / len(samples)).double()
-    weight = torch.zeros(features.shape[1], dtype=torch.float64, requires_grad=True)
-    bias = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        logits = features @ weight + bias
-        loss = F.binary_cross_entropy_with_logits(logits, labels, weight=row_weight, reduction="sum")
-        loss = loss + 0.5 * RIDGE * weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    scores = (features @ weight + bias).detach()
-    return scores[: len(forget)], scores[len(forget) :]
