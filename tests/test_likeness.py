@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from conftest import tiny_unet
 from diffusers import DDPMScheduler
 from PIL import Image
 from torch import nn
@@ -87,6 +88,17 @@ def test_samples_of_the_forgotten_kind_are_counted(two_kinds, delta):
         assert report.share_after <= 1 / 60 and report.pul > 90
     assert is_first(panels["adapter off"]).nonzero().flatten().tolist() == list(range(count))
     assert is_first(panels["adapter on"]).sum() == (count if delta == 0 else 0)
+
+
+def test_all_classes_of_a_class_conditional_model_are_drawn_in_turn():
+    denoiser = Denoiser(tiny_unet(num_class_embeds=3), DDPMScheduler())
+    attach(denoiser.model, VDUConfig.for_model(denoiser.model))
+    drawn = denoiser.sample(9, seed=0, num_inference_steps=4, class_labels=[0, 1, 2])
+    options = {"num_samples": 9, "num_inference_steps": 4, "seed": 0}
+    report, panels = evaluate_likeness(denoiser, drawn[:4], **options)
+    in_order = [(drawn - image).abs().amax((1, 2, 3)).argmin().item() for image in panels["adapter on"]]
+    assert sorted(in_order) == list(range(9)) and report.share_after == report.share_before
+    torch.testing.assert_close(panels["adapter on"], drawn[in_order], atol=1e-5, rtol=0)
 
 
 def test_a_model_that_never_drew_the_like_is_told_of(two_kinds, caplog):
