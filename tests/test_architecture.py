@@ -60,7 +60,7 @@ ALLOWED = {
     "likeness_evaluation": {"config", "contexts", "denoiser", "evaluation", "likeness", "metrics"},
     "prompt_file": {"judge"},
     "text_judges": {"denoiser", "judge", "pixels", "prompt_file"},
-    "text_evaluation": {"evaluation", "metrics", "prompt_file", "text_denoiser", "text_judges", "version"},
+    "text_evaluation": {"evaluation", "metrics", "prompt_file", "text_denoiser", "text_judges"},
     "attack": {"text_denoiser"},
     "compose": {"adapter", "card", "config"},
     "hotswap": {"adapter", "config", "contexts"},

@@ -76,6 +76,12 @@ def _check_samples(args: argparse.Namespace) -> None:
     check_evaluation(args.num_samples)
 
 
+def _context(args: argparse.Namespace, *names: str) -> dict[str, str]:
+    """How the figures of samples that are drawn without a prompt came about."""
+    told = {name: str(getattr(args, name)) for name in ("model", "adapter", *names)}
+    return told | {"sampler": f"DDIM, {args.num_inference_steps} steps, seed {args.seed}"}
+
+
 def _evaluate_likeness(args: argparse.Namespace) -> int:
     for name in ("judge", "reference", "forget_class"):
         if getattr(args, name) is not None:
@@ -93,9 +99,7 @@ def _evaluate_likeness(args: argparse.Namespace) -> int:
     denoiser.model = load_adapter(denoiser.to_best_device().model, args.adapter).get_base_model()
     sampling = {"num_inference_steps": args.num_inference_steps, "seed": args.seed}
     report, panels = evaluate_likeness(denoiser, forget, num_samples=args.num_samples, progress=True, **sampling)
-    context = {name: str(getattr(args, name)) for name in ("model", "adapter", "forget_data")}
-    context["sampler"] = f"DDIM, {args.num_inference_steps} steps, seed {args.seed}"
-    report.save(args.output_dir, panels, **context)
+    report.save(args.output_dir, panels, **_context(args, "forget_data"))
     print("\n".join(report.lines()))
     return 0
 
@@ -135,9 +139,7 @@ def _evaluate_class(args: argparse.Namespace) -> int:
     gaps = (gap_before, held_out_loss_gap(denoiser, *held_out))
     after = denoiser.sample(args.num_samples, progress="adapter on", **sampling)
     report = evaluate(before, after, judge, args.forget_class, reference, labels, gaps)
-    context = {name: str(getattr(args, name)) for name in ("model", "adapter", "judge", "reference")}
-    context["sampler"] = f"DDIM, {args.num_inference_steps} steps, seed {args.seed}"
-    report.save(args.output_dir, {"adapter off": before, "adapter on": after}, **context)
+    report.save(args.output_dir, {"adapter off": before, "adapter on": after}, **_context(args, "judge", "reference"))
     print("\n".join(report.lines()))
     return 0
 

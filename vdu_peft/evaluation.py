@@ -108,16 +108,17 @@ class Report:
             samples: what was judged, by title; the first 80 are shown.
             context: whatever tells how the figures came about. In the JSON, what is not a number becomes null.
         """
-        write_report(folder, asdict(self), {title: images[:80] for title, images in samples.items()}, **context)
+        grid = labelled_grids({title: images[:80] for title, images in samples.items()})
+        write_report(folder, {**asdict(self), **context}, grid)
         histogram_plot(self, folder / "histogram.png")
 
 
-def write_report(folder: Path, figures: dict, panels: dict[str, torch.Tensor], **context) -> None:
-    """Write report.json, of the figures with their context, and grid.png, of the panels by title."""
+def write_report(folder: Path, record: dict, grid: Image.Image) -> None:
+    """Write grid.png, and report.json with the versions that made it; a figure that is not a number becomes null."""
     folder.mkdir(parents=True, exist_ok=True)
-    labelled_grids(panels).save(folder / "grid.png")
+    grid.save(folder / "grid.png")
     versions = {"vdu_peft": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
-    record = {**{name: _finite(value) for name, value in figures.items()}, **context, "versions": versions}
+    record = {**{name: _finite(value) for name, value in record.items()}, "versions": versions}
     (folder / "report.json").write_text(json.dumps(record, indent=2, default=str, allow_nan=False) + "\n")
 
 

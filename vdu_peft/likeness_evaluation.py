@@ -9,7 +9,7 @@ import torch
 from vdu_peft.config import ConfigError
 from vdu_peft.contexts import adapter_scale
 from vdu_peft.denoiser import Denoiser
-from vdu_peft.evaluation import write_report
+from vdu_peft.evaluation import labelled_grids, write_report
 from vdu_peft.likeness import forget_scores, likeness_features
 from vdu_peft.metrics import pul, pul_interval
 
@@ -56,7 +56,8 @@ class LikenessReport:
 
     def save(self, folder: Path, panels: dict[str, torch.Tensor], **context) -> None:
         """Write report.json and grid.png."""
-        write_report(folder, asdict(self), {title: images[:SHOWN] for title, images in panels.items()}, **context)
+        grid = labelled_grids({title: images[:SHOWN] for title, images in panels.items()})
+        write_report(folder, {**asdict(self), **context}, grid)
 
 
 def evaluate_likeness(
@@ -112,7 +113,7 @@ def evaluate_likeness(
     )
     panels = {"forget images": forget}
     for title, images, score in zip(("adapter off", "adapter on"), (before, after), scores, strict=True):
-        panels[title] = denoiser.decode(images[score.argsort(descending=True)[:SHOWN]]).cpu()
+        panels[title] = denoiser.decode(images[score.argsort(descending=True)]).cpu()
     return report, panels
 
 
@@ -124,10 +125,11 @@ def held_out_scores(forget: torch.Tensor, samples: torch.Tensor, *others: torch.
     Returns:
         scores of ``forget`` (N_f,), and of ``others`` (M,) the mean over the folds' regressions.
     """
-    fold = torch.arange(len(forget)) % FOLDS
+    folds = min(FOLDS, len(forget))
     held_out = torch.zeros(len(forget), dtype=torch.float64)
     scores = [torch.zeros(len(x), dtype=torch.float64) for x in others]
-    for out in (fold == k for k in fold.unique()):
+    for k in range(folds):
+        out = torch.arange(len(forget)) % folds == k
         _, _, held_out[out], *found = forget_scores(forget[~out], samples, forget[out], *others)
-        scores = [score + x / len(fold.unique()) for score, x in zip(scores, found, strict=True)]
+        scores = [score + x / folds for score, x in zip(scores, found, strict=True)]
     return held_out, *scores

@@ -156,7 +156,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     sub = command(
         "evaluate",
-        "Measure what an adapter forgot and what it cost: by the forget images alone, or by a judge and real images.",
+        "Measure what an adapter forgot, by the forget images alone, or with what it cost, by a judge and real images.",
         "vdu-peft evaluate --model base --adapter out/adapter --forget_data bad_pictures/ --output_dir report\n"
         "  vdu-peft evaluate --model base --adapter out/adapter --judge judge.safetensors --reference test.npz "
         "--image_column images --label_column labels --forget_class 3 --output_dir report\n"

@@ -1,20 +1,17 @@
 """Prompts → images before and after → what they show → figures, and a picture for a person to look at."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import diffusers
 import torch
 from tqdm.auto import tqdm
 
-from vdu_peft.evaluation import labelled_grids
+from vdu_peft.evaluation import labelled_grids, write_report
 from vdu_peft.metrics import frechet_distance, kernel_distance
 from vdu_peft.prompt_file import EvaluationPrompt, Target
 from vdu_peft.text_denoiser import TextDenoiser
 from vdu_peft.text_judges import Judges, Seen
-from vdu_peft.version import __version__
 
 # Fewer images tell no covariance of the judge's features, and make up no subset for the KID.
 MIN_FID_IMAGES = 100
@@ -146,13 +143,11 @@ class TextReport:
             before, after: the images of :func:`shown_places`, in their order.
             context: whatever tells how the figures came about.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         grids, count = {}, min(int(self.asked.sum()), SHOWN)
         for kind, rows in (("target", slice(count)), ("other", slice(count, None))):
             for when, images in (("before", before), ("after", after)):
                 if len(images[rows]):
                     grids[f"{kind} prompts, {when}"] = images[rows]
-        labelled_grids(grids, columns=5, numbered=True).save(folder / "grid.png")
         numbers = torch.where(self.asked, self.asked.cumsum(0), (~self.asked).cumsum(0)).tolist()
         each = [
             {
@@ -174,10 +169,9 @@ class TextReport:
             }
             for name, pair in self.figures.items()
         }
-        versions = {"vdu_peft": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
         counts = {"num_target": int(self.asked.sum()), "num_retained": int((~self.asked).sum())}
-        record = {"figures": figures, **counts, **context, "versions": versions, "images": each}
-        (folder / "report.json").write_text(json.dumps(record, indent=2, default=str, allow_nan=False) + "\n")
+        record = {"figures": figures, **counts, **context, "images": each}
+        write_report(folder, record, labelled_grids(grids, columns=5, numbered=True))
 
 
 def evaluate_prompts(
