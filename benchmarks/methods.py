@@ -48,7 +48,8 @@ def vdu_peft(task: Task, adapter: dict | None = None, oracle_filter: bool = Fals
     task.denoiser.model = result.model.merge_and_unload()
     # From the end of the first step: what comes before it is not the steps' time.
     seconds = (times[-1] - times[0]) / max(len(times) - 1, 1)
-    return Outcome(result.status, len(times), result.trained_parameters, seconds)
+    scale = result.strength.scale if result.strength else 1.0
+    return Outcome(result.status, len(times), result.trained_parameters, seconds, scale)
 
 
 def oracle_replay(task: Task, config: UnlearnConfig) -> torch.Tensor:

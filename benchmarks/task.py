@@ -43,3 +43,4 @@ class Outcome(NamedTuple):
     steps: int
     trained_parameters: int
     step_cpu_seconds: float  # CPU time of one step; replay, Fisher information and checkpoints are not in it
+    scale: float = 1.0  # what a learned delta was multiplied by at the end

@@ -20,6 +20,7 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
+from torch import nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -32,11 +33,14 @@ from transformers import (
 
 from vdu_peft.adapter import attach, save_adapter, variational_layers
 from vdu_peft.config import VDUConfig
+from vdu_peft.denoiser import Denoiser
 
 # Every worker of pytest-xdist has its share of the cores, and so have the processes that its tests start.
 THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 os.environ["OMP_NUM_THREADS"] = str(THREADS)
 torch.set_num_threads(THREADS)
+# Of the images of each of TwoKinds.
+SPREAD = 0.1
 
 
 def tiny_unet(channels: int = 1, **options) -> UNet2DModel:
@@ -236,3 +240,38 @@ def tiny_text_pipeline(folder, family: str = "sd", prediction_type: str = "epsil
         )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+class TwoKinds(nn.Module):
+    """The exact denoiser of data around two images, SPREAD about each, whose log odds are a linear layer's output."""
+
+    def __init__(self):
+        super().__init__()
+        self.odds = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(self.odds.weight)
+        images = torch.full((2, 1, 8, 8), -0.5)
+        images[0, :, :, :4], images[1, :, 4:] = 0.5, 0.5
+        self.register_buffer("images", images)
+        self.register_buffer("alphas_cumprod", DDPMScheduler().alphas_cumprod)
+
+    def forward(self, x_t, timesteps):
+        kept = self.alphas_cumprod[timesteps.expand(len(x_t))].view(-1, 1, 1, 1, 1)
+        alpha, variance = kept.sqrt(), 1 - kept + kept * SPREAD**2
+        off = x_t[:, None] - alpha * self.images  # (N, 2, 1, 8, 8)
+        distance = off.flatten(2).square().sum(2) / (2 * variance.flatten()[:, None])
+        first = torch.sigmoid(self.odds(x_t.new_ones(len(x_t), 1)) + distance[:, 1:] - distance[:, :1])
+        weights = torch.cat([first, 1 - first], dim=1).view(-1, 2, 1, 1, 1)
+        return (weights * off).sum(1) * ((1 - kept).sqrt() / variance)[:, 0]
+
+
+@pytest.fixture
+def two_kinds():
+    """The denoiser, and 20 forget images of the first kind."""
+    denoiser = Denoiser(TwoKinds(), DDPMScheduler(), image_size=(8, 8), channels=1)
+    noise = torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    return denoiser, denoiser.model.images[:1] + SPREAD * noise
+
+
+def is_first(images):
+    """Bright in the upper left, where the second kind is dark."""
+    return images[:, 0, :4, :4].mean((1, 2)) > 0

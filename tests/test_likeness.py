@@ -2,48 +2,15 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_unet
+from conftest import is_first, tiny_unet
 from diffusers import DDPMScheduler
 from PIL import Image
-from torch import nn
 
 from vdu_peft.adapter import attach
 from vdu_peft.config import VDUConfig
 from vdu_peft.denoiser import Denoiser
-from vdu_peft.likeness import forget_scores
+from vdu_peft.likeness import forget_scorer, held_out_likeness
 from vdu_peft.likeness_evaluation import LikenessReport, evaluate_likeness
-
-SPREAD = 0.1
-
-
-class TwoKinds(nn.Module):
-    """The exact denoiser of data around two images, SPREAD about each, whose log odds are a linear layer's output."""
-
-    def __init__(self):
-        super().__init__()
-        self.odds = nn.Linear(1, 1, bias=False)
-        nn.init.zeros_(self.odds.weight)
-        images = torch.full((2, 1, 8, 8), -0.5)
-        images[0, :, :, :4], images[1, :, 4:] = 0.5, 0.5
-        self.register_buffer("images", images)
-        self.register_buffer("alphas_cumprod", DDPMScheduler().alphas_cumprod)
-
-    def forward(self, x_t, timesteps):
-        kept = self.alphas_cumprod[timesteps.expand(len(x_t))].view(-1, 1, 1, 1, 1)
-        alpha, variance = kept.sqrt(), 1 - kept + kept * SPREAD**2
-        off = x_t[:, None] - alpha * self.images  # (N, 2, 1, 8, 8)
-        distance = off.flatten(2).square().sum(2) / (2 * variance.flatten()[:, None])
-        first = torch.sigmoid(self.odds(x_t.new_ones(len(x_t), 1)) + distance[:, 1:] - distance[:, :1])
-        weights = torch.cat([first, 1 - first], dim=1).view(-1, 2, 1, 1, 1)
-        return (weights * off).sum(1) * ((1 - kept).sqrt() / variance)[:, 0]
-
-
-@pytest.fixture
-def two_kinds():
-    """The denoiser, and 20 forget images of the first kind."""
-    denoiser = Denoiser(TwoKinds(), DDPMScheduler(), image_size=(8, 8), channels=1)
-    noise = torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(1))
-    return denoiser, denoiser.model.images[:1] + SPREAD * noise
 
 
 def test_forget_scores_find_the_forget_concept_among_samples():
@@ -53,19 +20,25 @@ def test_forget_scores_find_the_forget_concept_among_samples():
     samples, others = torch.randn(200, 20), torch.randn(200, 20)
     samples[:20] += concept
     others[:20] += concept
-    forget_score, sample_score, other_score = forget_scores(forget, samples, others)
-    for score in (sample_score, other_score):
-        dropped = score >= torch.quantile(forget_score, 0.05)
+    scorer = forget_scorer(forget, samples)
+    for scored in (samples, others):
+        dropped = scorer(scored) >= torch.quantile(scorer(forget), 0.05)
         assert dropped[:20].float().mean() >= 0.8 and dropped[20:].float().mean() <= 0.05
-    # What is only scored changes no score.
-    for score, alone in zip((forget_score, sample_score), forget_scores(forget, samples), strict=True):
-        assert torch.equal(score, alone)
-    assert torch.equal(forget_scores(forget, samples, samples)[2], sample_score)
 
 
-def is_first(images):
-    """Bright in the upper left, where the second kind is dark."""
-    return images[:, 0, :4, :4].mean((1, 2)) > 0
+def test_likeness_is_told_from_forget_images_that_it_has_not_seen():
+    """Of as many features as images, any two sets can be told apart; what is seen of a new one is chance."""
+    torch.manual_seed(0)
+    forget, samples, others = torch.randn(50, 200), torch.randn(50, 200), torch.randn(4000, 200)
+    seen = forget_scorer(forget, samples)
+    assert (seen(others) > torch.quantile(seen(forget), 0.25)).float().mean() < 0.2
+    likeness = held_out_likeness(forget, samples)
+    assert 0.6 < likeness.alike(others).float().mean() < 0.9  # three quarters, as of the forget images themselves
+    by_hand = []
+    for fold in range(5):
+        held_out = torch.arange(50) % 5 == fold
+        by_hand.append(forget_scorer(forget[~held_out], samples)(others))
+    torch.testing.assert_close(likeness.scorer(others), sum(by_hand) / 5)
 
 
 @pytest.mark.parametrize("delta", [0.0, -200.0])

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,17 +16,20 @@ from torch import nn
 
 from vdu_peft import UnlearnConfig, VDUConfig, unlearn
 from vdu_peft import replay as replay_module
+from vdu_peft import trainer as trainer_module
 from vdu_peft.adapter import AdapterError, variational_layers
 from vdu_peft.config import ConfigError
 from vdu_peft.demo import base_denoiser
-from vdu_peft.denoiser import Denoiser, ModelError
+from vdu_peft.denoiser import Denoiser, ModelError, image_seeds
 from vdu_peft.history import collapsed, run_status, steps_to_target
 from vdu_peft.learning_rate import lr_factor
 from vdu_peft.pixels import DataError
-from vdu_peft.replay import REPLAY_SEED, generate_replay
+from vdu_peft.replay import REPLAY_SEED, draw_replay, drop_forget_like
+from vdu_peft.strength import Strength
 from vdu_peft.trainer import UnlearnError, check_run
 
 FAST = UnlearnConfig(max_train_steps=6, train_batch_size=4, replay_size=8, replay_inference_steps=2)
+LEARNS = replace(FAST, max_train_steps=20, learning_rate=3e-2)
 
 
 def weights(folder):
@@ -469,17 +473,55 @@ def test_the_redirection_falls_where_classes_differ(forget):
     assert sum(h["redirect"] for h in history[-5:]) < 0.7 * sum(h["redirect"] for h in history[:5])
 
 
-def test_replay_of_a_class_conditional_model_has_every_class_but_the_forgotten_one(forget):
-    images, labels = generate_replay(
-        conditional_denoiser(),
-        forget,
-        num_images=12,
-        num_inference_steps=2,
-        keep_quantile=0.99,
-        seed=0,
-        class_labels=[0, 2, 3],
-    )
-    assert len(images) == len(labels) and set(labels.tolist()) <= {0, 2, 3} and len(labels) >= 6
+def test_a_run_scales_what_it_learned_by_what_it_drew(pipeline_folder, forget, tmp_path, monkeypatch):
+    learned = unlearn(pipeline_folder, forget, LEARNS, output_dir=tmp_path / "learned")
+    assert learned.strength.scale == 1 and learned.strength.num_alike <= FAST.replay_size
+    given = {}
+
+    def calibrate(denoiser, forget, samples, seeds, **options):
+        given.update(options, forget=forget, samples=samples, seeds=seeds)
+        return Strength(1.5, 40, 3)
+
+    monkeypatch.setattr(trainer_module, "calibrate", calibrate)
+    config = replace(LEARNS, forget_tolerance=0.3)
+    result = unlearn(pipeline_folder, forget, config, output_dir=tmp_path / "scaled")
+    assert result.strength == Strength(1.5, 40, 3) and given["tolerance"] == 0.3
+    drawn = Denoiser.from_pretrained(pipeline_folder).sample(8, seed=given["seeds"], num_inference_steps=2)
+    torch.testing.assert_close(given["samples"], drawn, atol=0.05, rtol=0)  # bfloat16 where the CPU can
+    assert torch.equal(given["forget"], forget)
+    before, after = weights(tmp_path / "learned"), weights(tmp_path / "scaled")
+    expected = {n: 1.5 * w if "lora_B" in n else w + math.log(1.5) * ("log_std" in n) for n, w in before.items()}
+    assert_same(after, expected, atol=1e-6, rtol=1e-6)
+    card = (tmp_path / "scaled" / "adapter" / "README.md").read_text()
+    assert "of 40 own samples that looked like the forget images 3 still do, drawn again; the delta was scaled" in card
+
+
+def test_strength_is_not_looked_for_where_it_would_say_nothing(pipeline_folder, forget):
+    classes = {"forget_class": 1, "null_class": 3}
+    for result in (
+        unlearn(pipeline_folder, forget, LEARNS, replay=torch.zeros(8, 1, 8, 8)),
+        unlearn(pipeline_folder, forget[:1], LEARNS),
+        unlearn(conditional_denoiser(), forget, replace(LEARNS, **classes)),
+    ):
+        assert not result.failed and result.strength is None
+    failed = unlearn(pipeline_folder, forget, replace(LEARNS, learning_rate=1e-9))
+    assert failed.failed and failed.strength is None
+
+
+def test_every_class_but_the_forgotten_one_is_replayed(forget):
+    denoiser, drawn = conditional_denoiser(), []
+    sample = denoiser.sample
+    denoiser.sample = lambda *n, **options: drawn.append(options["class_labels"].tolist()) or sample(*n, **options)
+    unlearn(denoiser, forget, replace(CONDITIONAL, max_train_steps=1, replay_size=7))
+    assert drawn == [[0, 2, 3, 0, 2, 3, 0]]
+
+
+def test_what_is_kept_of_replay_keeps_its_labels(forget):
+    denoiser, labels = conditional_denoiser(), torch.tensor([0, 2, 3] * 4)
+    images = draw_replay(denoiser, range(12), num_inference_steps=2, labels=labels)
+    kept, kept_labels = drop_forget_like(denoiser, forget, images, labels, keep_quantile=0.99, seed=0)
+    places = [(images - image).abs().amax((1, 2, 3)).argmin().item() for image in kept]
+    assert len(kept) >= 6 and places == sorted({*places}) and torch.equal(kept_labels, labels[places])
 
 
 @pytest.mark.parametrize(("can", "off"), [({}, 0), ({"avx512_bf16": True}, 0.02)], ids=["float32", "bfloat16"])
@@ -487,7 +529,7 @@ def test_replay_is_what_the_model_draws(can, off, monkeypatch):
     """In bfloat16, whose numbers are 0.004 apart near 1, to a few of those after 25 steps."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can, raising=False)
     denoiser = base_denoiser()
-    images, _ = generate_replay(denoiser, torch.empty(0), num_images=8, num_inference_steps=25, keep_quantile=1, seed=0)
+    images = draw_replay(denoiser, image_seeds(REPLAY_SEED, 8), num_inference_steps=25)
     error = (images - denoiser.sample(8, seed=REPLAY_SEED, num_inference_steps=25)).abs().mean((1, 2, 3))
     assert error.median() <= off and (error.median() > 0) == (off > 0)
 
@@ -515,16 +557,10 @@ def test_a_condition_decides_how_hard_the_forget_images_are_pushed_unless_that_i
 
 def test_classes_without_a_replay_image_are_told_of(forget, caplog, monkeypatch):
     """Three images for three classes, of which one looks like the forget images."""
-    monkeypatch.setattr(replay_module, "forget_scores", lambda *_: (torch.ones(8), torch.tensor([0.0, 2.0, 0.5])))
-    images, labels = generate_replay(
-        conditional_denoiser(),
-        forget,
-        num_images=3,
-        num_inference_steps=2,
-        keep_quantile=0.0,
-        seed=0,
-        class_labels=[0, 2, 3],
-    )
+    scores = iter([torch.ones(8), torch.tensor([0.0, 2.0, 0.5])])
+    monkeypatch.setattr(replay_module, "forget_scorer", lambda *_: lambda _: next(scores))
+    drawn, labels = torch.rand(3, 1, 8, 8), torch.tensor([0, 2, 3])
+    images, labels = drop_forget_like(conditional_denoiser(), forget, drawn, labels, keep_quantile=0.0, seed=0)
     assert len(images) == 2 and labels.tolist() == [0, 3]
     assert "all images of 1 of the 3 classes" in caplog.text
 

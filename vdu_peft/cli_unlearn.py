@@ -158,6 +158,8 @@ def _outcome(result, output_dir: Path) -> int:
         f"forget ratio {last['forget_ratio']:.2f}, stability {last['stability']:.3f}; "
         f"adapter in {output_dir / 'adapter'}"
     )
+    if result.strength is not None:
+        _say(str(result.strength))
     if result.failed:
         mend = {
             "nothing learned": "raise max_train_steps or learning_rate, or lower kl_weight, and check that "

@@ -237,7 +237,7 @@ class Denoiser:
         self.check_inference_steps(num_inference_steps)
         if num_images < 1:
             raise ModelError(f"num_images must be at least 1, not {num_images}")
-        seeds = seed if isinstance(seed, Sequence) else [int(seed) * 1_000_003 + i for i in range(num_images)]
+        seeds = seed if isinstance(seed, Sequence) else image_seeds(seed, num_images)
         if len(seeds) != num_images:
             raise ModelError(f"seed: {len(seeds)} of them for {num_images} images")
         if not all(0 <= s < 2**64 for s in seeds):  # torch's range
@@ -312,6 +312,11 @@ class Denoiser:
             raise ModelError(f"{type(self.model).__name__} is not a diffusers model; save its state_dict yourself")
         pipeline, scheduler = self.sampled_by or (DDPMPipeline, self.scheduler)
         pipeline(self.model, scheduler).save_pretrained(folder, safe_serialization=True)
+
+
+def image_seeds(seed: int, num_images: int) -> list[int]:
+    """Each image's own seed, in a sample of this seed."""
+    return [int(seed) * 1_000_003 + i for i in range(num_images)]
 
 
 def in_turn(class_labels: Sequence[int], count: int) -> torch.Tensor:

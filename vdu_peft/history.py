@@ -12,6 +12,8 @@ TARGET_TOLERANCE = 0.05
 NOTHING_LEARNED = 1.05
 # Above this the model has moved, on what it should retain, by as much as its own error: it is destroyed.
 COLLAPSE = 1.0
+# Statuses of a run whose adapter is of no use.
+FAILED = ("nothing learned", "collapsed")
 
 
 def recent(history: list[dict[str, float]], name: str) -> float:
@@ -43,7 +45,7 @@ def collapsed(history: list[dict[str, float]]) -> bool:
 
 
 def run_status(history: list[dict[str, float]], config: UnlearnConfig) -> str:
-    """``forgotten``, ``partly forgotten``, or one of the silent failures: ``nothing learned``, ``collapsed``."""
+    """``forgotten``, ``partly forgotten``, or one of FAILED, which would else pass in silence."""
     if recent(history, "stability") > COLLAPSE:
         return "collapsed"
     ratio = recent(history, "forget_ratio")

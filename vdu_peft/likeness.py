@@ -1,5 +1,8 @@
 """What looks like the forget images, told without labels: by the frozen denoiser's own features."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
@@ -11,6 +14,11 @@ FEATURE_TIMESTEPS = (100, 300, 500)  # of 1000
 # against generated, and generated images of the concept pass: at 0.01 it catches 10 to 32 % of them, at 1 it
 # catches 67 to 89 % (demo model, digits 1, 4, 7 and 8, 100 forget images, 256 samples).
 RIDGE = 1.0
+# A sample looks like the forget images if it scores above this quantile of their own scores: strict, so that others
+# hardly ever do, and a part of the concept's does not either.
+LIKE_QUANTILE = 0.25
+FOLDS = 5
+Scorer = Callable[[torch.Tensor], torch.Tensor]
 
 
 def likeness_features(
@@ -21,8 +29,8 @@ def likeness_features(
     return denoiser.features(images, timesteps, seed=seed, class_label=class_label)
 
 
-def forget_scores(forget: torch.Tensor, samples: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Forget-likeness of all sets: log-odds of a logistic regression of forget images against samples.
+def forget_scorer(forget: torch.Tensor, samples: torch.Tensor) -> Scorer:
+    """Forget-likeness: log-odds of a logistic regression of forget images against samples.
 
     The samples hold some of the forget concept themselves; the regression, being linear and penalised,
     cannot carve those few out, so they score like forget images.
@@ -30,16 +38,13 @@ def forget_scores(forget: torch.Tensor, samples: torch.Tensor, *others: torch.Te
     Args:
         forget: features (N_f, F).
         samples: features (N, F).
-        others: features (M, F) of what the regression is not to be fitted on.
 
     Returns:
-        scores (N_f,), (N,) and (M,), float64.
+        from features (M, F) to scores (M,), float64.
     """
-    sets = [x.double() for x in (forget, samples, *others)]
-    fitted = torch.cat(sets[:2])
+    fitted = torch.cat([forget, samples]).double()
     mean, std = fitted.mean(0), fitted.std(0).clamp_min(1e-6)
-    sets = [(x - mean) / std for x in sets]
-    features = torch.cat(sets[:2])
+    features = (fitted - mean) / std
     labels = torch.cat([torch.ones(len(forget)), torch.zeros(len(samples))]).double()
     # Both sets weigh the same whatever their sizes.
     row_weight = torch.where(labels == 1, 0.5 / len(forget), 0.5 / len(samples)).double()
@@ -56,4 +61,43 @@ def forget_scores(forget: torch.Tensor, samples: torch.Tensor, *others: torch.Te
         return loss
 
     optimizer.step(closure)
-    return tuple((x @ weight + bias).detach() for x in sets)
+    weight, bias = weight.detach(), bias.detach()
+    return lambda x: ((x.double() - mean) / std) @ weight + bias
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """Which images look like the forget images.
+
+    Attributes:
+        scorer: from features (N, F) to scores (N,), float64.
+        least: the score from which on an image looks like them.
+    """
+
+    scorer: Scorer
+    least: float
+
+    def alike(self, features: torch.Tensor) -> torch.Tensor:
+        """(N,) bool."""
+        return self.scorer(features) > self.least
+
+
+def held_out_likeness(forget: torch.Tensor, samples: torch.Tensor) -> Likeness:
+    """The mean of :func:`forget_scorer` over FOLDS, told from what each gives the forget images it is not fitted on.
+
+    Of one that it is, a few dozen score so high that hardly any sample comes up to them.
+
+    Args:
+        forget: features (N_f, F), two or more.
+        samples: features (N, F).
+    """
+    folds = min(FOLDS, len(forget))
+    held_out = torch.zeros(len(forget), dtype=torch.float64)
+    scorers = []
+    for k in range(folds):
+        out = torch.arange(len(forget)) % folds == k
+        scorers.append(forget_scorer(forget[~out], samples))
+        held_out[out] = scorers[-1](forget[out])
+    return Likeness(
+        lambda x: torch.stack([scorer(x) for scorer in scorers]).mean(0), torch.quantile(held_out, LIKE_QUANTILE).item()
+    )

@@ -10,15 +10,11 @@ from vdu_peft.config import ConfigError
 from vdu_peft.contexts import adapter_scale
 from vdu_peft.denoiser import Denoiser
 from vdu_peft.evaluation import labelled_grids, write_report
-from vdu_peft.likeness import forget_scores, likeness_features
+from vdu_peft.likeness import held_out_likeness, likeness_features
 from vdu_peft.metrics import pul, pul_interval
 
 logger = logging.getLogger(__name__)
 
-# A sample looks like the forget images if it scores above this quantile of their own scores: strict, so that others
-# hardly ever do, and a part of the concept's does not either.
-LIKE_QUANTILE = 0.25
-FOLDS = 5
 # Of each, in the grid.
 SHOWN = 40
 # Fewer samples of the base that look like the forget images tell nothing.
@@ -30,11 +26,11 @@ class LikenessReport:
     """How many samples look like the forget images, before and after.
 
     No judge and no labels: a logistic regression on the pre-trained model's own features tells the forget images from
-    the model's samples (as :func:`~vdu_peft.likeness.forget_scores`). It finds a part of the concept's samples, the
+    the model's samples (:func:`~vdu_peft.likeness.held_out_likeness`). It finds a part of the concept's samples, the
     plainest; what counts is the ratio of after to before. What it cost in quality it does not tell.
 
     Attributes:
-        share_before, share_after: of the samples, those that score above LIKE_QUANTILE of the forget images.
+        share_before, share_after: of the samples, those that look like the forget images.
         pul: the relative drop in percent, pul_interval its 95 % confidence interval.
     """
 
@@ -97,9 +93,8 @@ def evaluate_likeness(
     with adapter_scale(denoiser.model, 0):  # features, too: by what the pre-trained model sees in an image
         before, others = draw("adapter off", seed), draw("to compare with", seed + 1)
         features = [likeness_features(denoiser, x, seed, class_label) for x in (encoded, others, before, after)]
-    forget_score, *scores = held_out_scores(*features)
-    like = torch.quantile(forget_score, LIKE_QUANTILE)
-    counts = [int((score > like).sum()) for score in scores]
+    likeness = held_out_likeness(*features[:2])
+    counts = [int(likeness.alike(x).sum()) for x in features[2:]]
     if counts[0] < MIN_LIKE:
         logger.warning(
             "%d of %d samples of the base itself look like the forget images: too few to tell how many are forgotten. "
@@ -112,24 +107,6 @@ def evaluate_likeness(
         len(forget), num_samples, *shares, pul(*shares), pul_interval(*counts, num_samples, num_samples)
     )
     panels = {"forget images": forget}
-    for title, images, score in zip(("adapter off", "adapter on"), (before, after), scores, strict=True):
-        panels[title] = denoiser.decode(images[score.argsort(descending=True)]).cpu()
+    for title, images, x in zip(("adapter off", "adapter on"), (before, after), features[2:], strict=True):
+        panels[title] = denoiser.decode(images[likeness.scorer(x).argsort(descending=True)]).cpu()
     return report, panels
-
-
-def held_out_scores(forget: torch.Tensor, samples: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """:func:`~vdu_peft.likeness.forget_scores` of forget images by regressions that were not fitted on them, in FOLDS.
-
-    Of one that was, a few dozen score so high that hardly any sample comes up to them.
-
-    Returns:
-        scores of ``forget`` (N_f,), and of ``others`` (M,) the mean over the folds' regressions.
-    """
-    folds = min(FOLDS, len(forget))
-    held_out = torch.zeros(len(forget), dtype=torch.float64)
-    scores = [torch.zeros(len(x), dtype=torch.float64) for x in others]
-    for k in range(folds):
-        out = torch.arange(len(forget)) % folds == k
-        _, _, held_out[out], *found = forget_scores(forget[~out], samples, forget[out], *others)
-        scores = [score + x / folds for score, x in zip(scores, found, strict=True)]
-    return held_out, *scores

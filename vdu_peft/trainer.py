@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from peft import PeftModel
 from tqdm.auto import tqdm
 
@@ -22,13 +22,14 @@ from vdu_peft.classes import Classes, check_labels, run_classes
 from vdu_peft.config import ConfigError, UnlearnConfig, VDUConfig
 from vdu_peft.contexts import adapter_scale, posterior_noise
 from vdu_peft.data import ImageDataset
-from vdu_peft.denoiser import Denoiser, as_denoiser
-from vdu_peft.history import WINDOW, collapsed, recent, run_status, steps_to_target, target_holds
+from vdu_peft.denoiser import Denoiser, as_denoiser, image_seeds, in_turn
+from vdu_peft.history import FAILED, WINDOW, collapsed, recent, run_status, steps_to_target, target_holds
 from vdu_peft.learning_rate import last_step, lr_factor
 from vdu_peft.pixels import check_images
 from vdu_peft.precision import check_precision
 from vdu_peft.processes import check_processes
-from vdu_peft.replay import generate_replay
+from vdu_peft.replay import REPLAY_SEED, draw_replay, drop_forget_like
+from vdu_peft.strength import Strength, calibrate, scale_delta
 from vdu_peft.terms import loss_terms
 
 
@@ -48,6 +49,8 @@ class UnlearnResult:
         status: ``forgotten``, ``partly forgotten``, ``nothing learned`` or ``collapsed``.
         num_replay: how many replay images were kept.
         trained_parameters: adapter parameters that the optimizer saw.
+        strength: what is left of the forget concept, and the scale that the delta was given for it; None where that
+            is not looked for: of a model with a condition, of given replay, of a single forget image, of a failed run.
     """
 
     model: PeftModel
@@ -56,10 +59,11 @@ class UnlearnResult:
     status: str
     num_replay: int
     trained_parameters: int
+    strength: Strength | None
 
     @property
     def failed(self) -> bool:
-        return self.status in ("nothing learned", "collapsed")
+        return self.status in FAILED
 
 
 def unlearn(
@@ -136,20 +140,22 @@ def unlearn(
         (p for p in denoiser.model.parameters() if not p.requires_grad),
     )
     history: list[dict[str, float]] = []
+    replay_seeds = image_seeds(config.seed + REPLAY_SEED, config.replay_size)
     try:
         if resume:  # before replay is drawn, which takes its time, and in which the adapter has no part
             history = load_checkpoint(output_dir, parameters, optimizer, options)
         if replay is None:
             with adapter_scale(denoiser.model, 0), accelerator.autocast():
-                replay, replay_labels = generate_replay(
+                replay_labels = in_turn(classes.retained, config.replay_size) if classes else None
+                own = draw_replay(
                     denoiser,
-                    forget,
-                    num_images=config.replay_size,
+                    replay_seeds,
                     num_inference_steps=config.replay_inference_steps,
-                    keep_quantile=config.replay_keep_quantile,
-                    seed=config.seed,
-                    class_labels=classes.retained if classes else (),
-                    progress=not bar_off,
+                    labels=replay_labels,
+                    progress=None if bar_off else "replay",
+                )
+                replay, replay_labels = drop_forget_like(
+                    denoiser, forget, own, replay_labels, keep_quantile=config.replay_keep_quantile, seed=config.seed
                 )
         else:
             replay = denoiser.encode(replay)
@@ -215,10 +221,26 @@ def unlearn(
     if config.report_to:
         accelerator.end_training()
 
-    status = run_status(history, config)
+    # Before it is looked what it leaves: an interrupt there loses nothing of the run.
     _save(peft_model, denoiser, classes, output_dir, forget, history, config, accelerator)
+    status, strength = run_status(history, config), None
+    if status not in FAILED and given_replay is None and classes is None and len(forget) > 1:
+        with accelerator.autocast():
+            strength = calibrate(
+                denoiser,
+                forget,
+                own,
+                replay_seeds,
+                tolerance=config.forget_tolerance,
+                num_inference_steps=config.replay_inference_steps,
+                seed=config.seed,
+                progress=not bar_off,
+            )
+        (strength,) = broadcast_object_list([strength])  # processes may round apart, but must end with one adapter
+        scale_delta(denoiser.model, strength.scale)
+        _save(peft_model, denoiser, classes, output_dir, forget, history, config, accelerator, strength)
     return UnlearnResult(
-        peft_model, denoiser, history, status, len(replay), sum(p.numel() for p in parameters.values())
+        peft_model, denoiser, history, status, len(replay), sum(p.numel() for p in parameters.values()), strength
     )
 
 
@@ -299,6 +321,7 @@ def _save(
     history: list[dict[str, float]],
     config: UnlearnConfig,
     accelerator: Accelerator,
+    strength: Strength | None = None,
 ) -> str:
     if output_dir is None:
         return "nothing was written (no output_dir)"
@@ -313,6 +336,8 @@ def _save(
             facts["outcome"] = run_status(history, config)
             for name, shown in (("forget ratio", "forget_ratio"), ("stability", "stability")):
                 facts[f"{name}, mean of the last {min(WINDOW, len(history))} steps"] = f"{recent(history, shown):.3g}"
+        if strength is not None:
+            facts["strength"] = strength
         save_adapter(peft_model, output_dir / "adapter", model_card("adapter", denoiser.name, facts))
         (output_dir / "history.json").write_text(json.dumps(history) + "\n")
     accelerator.wait_for_everyone()

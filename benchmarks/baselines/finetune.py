@@ -10,9 +10,10 @@ from accelerate.utils import set_seed
 from benchmarks.task import Outcome, Task
 from vdu_peft.batch import draw_indices
 from vdu_peft.config import UnlearnConfig
+from vdu_peft.denoiser import image_seeds
 from vdu_peft.learning_rate import lr_factor
 from vdu_peft.objective import denoising_loss
-from vdu_peft.replay import generate_replay
+from vdu_peft.replay import REPLAY_SEED, draw_replay, drop_forget_like
 
 # A baseline rehearses its replay as it is, so the forget class must not be in it: dropped as conditional models' is.
 FILTER_QUANTILE = 0.05
@@ -58,15 +59,10 @@ def retained(task: Task, source: str) -> torch.Tensor:
         return task.retain
     if source != "replay":
         raise ValueError(f"retain: {source!r} is neither replay nor real")
-    config = UnlearnConfig(replay_keep_quantile=FILTER_QUANTILE).filled(conditional=False)
-    images, _ = generate_replay(
-        task.denoiser,
-        task.forget,
-        num_images=config.replay_size,
-        num_inference_steps=config.replay_inference_steps,
-        keep_quantile=config.replay_keep_quantile,
-        seed=task.seed,
-    )
+    config = UnlearnConfig().filled(conditional=False)
+    seeds = image_seeds(task.seed + REPLAY_SEED, config.replay_size)
+    drawn = draw_replay(task.denoiser, seeds, num_inference_steps=config.replay_inference_steps)
+    images, _ = drop_forget_like(task.denoiser, task.forget, drawn, None, keep_quantile=FILTER_QUANTILE, seed=task.seed)
     return images
 
 
