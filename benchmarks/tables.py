@@ -147,7 +147,7 @@ def class_table(records: list[dict], retrained: dict[tuple[str, int], float]) ->
         spec, cells = record["spec"], [cell([value(record)], form) for value, form in columns.values()]
         shares = [f"{record['headline'][name]:.1%}" for name in ("share_before", "share_after")]
         first = [str(spec["forget_class"]), images_of(spec), str(spec["seed"]), *shares, pooled_interval([record])]
-        rows.append("| " + " | ".join([*first, *cells, record["status"]]) + " |")
+        rows.append("| " + " | ".join([*first, *cells, outcome(record)]) + " |")
     for size in dict.fromkeys(images_of(record["spec"]) for record in records):
         of_size = [record for record in records if images_of(record["spec"]) == size]
         if len(of_size) == 1:
@@ -160,6 +160,12 @@ def class_table(records: list[dict], retrained: dict[tuple[str, int], float]) ->
             interval = pooled_interval(of_size) if title == "mean" else ""
             rows.append(f"| {title} | {size} | | | | {interval} | " + " | ".join(cells) + " | |")
     return rows
+
+
+def outcome(record: dict) -> str:
+    """The run's status, and what its delta was scaled by in the end if it was."""
+    scale = record.get("scale", 1.0)  # results from before there was one were not scaled
+    return record["status"] + (f", scaled by {scale:g}" if scale != 1 else "")
 
 
 def images_of(spec: dict) -> str:
@@ -209,7 +215,7 @@ def method_table(
             f"{median(r['step_cpu_seconds'] for r in records):.2f}",
             f"{median(r['cpu_seconds'] for r in records):,.0f}",
             f"{median(r['peak_memory_mib'] for r in records):,.0f}",
-            ", ".join(sorted({r["status"] for r in records})),
+            ", ".join(sorted({outcome(r) for r in records})),
         ]
         rows.append("| " + " | ".join([name, entry.sees, str(len(records)), *cells, *cost]) + " |")
     return rows

@@ -42,5 +42,5 @@ class Outcome(NamedTuple):
     status: str
     steps: int
     trained_parameters: int
-    step_cpu_seconds: float  # CPU time of one step; replay, Fisher information and checkpoints are not in it
-    scale: float = 1.0  # what a learned delta was multiplied by at the end
+    step_cpu_seconds: float  # CPU time of one; replay, Fisher information, checkpoints, calibration not in it
+    scale: float = 1.0  # what a learned delta was multiplied by in the end

@@ -9,7 +9,7 @@ from PIL import Image
 from vdu_peft.adapter import attach
 from vdu_peft.config import VDUConfig
 from vdu_peft.denoiser import Denoiser
-from vdu_peft.likeness import forget_scorer, held_out_likeness
+from vdu_peft.likeness import Likeness, forget_scorer, held_out_likeness
 from vdu_peft.likeness_evaluation import LikenessReport, evaluate_likeness
 
 
@@ -32,13 +32,31 @@ def test_likeness_is_told_from_forget_images_that_it_has_not_seen():
     forget, samples, others = torch.randn(50, 200), torch.randn(50, 200), torch.randn(4000, 200)
     seen = forget_scorer(forget, samples)
     assert (seen(others) > torch.quantile(seen(forget), 0.25)).float().mean() < 0.2
-    likeness = held_out_likeness(forget, samples)
+    likeness, _ = held_out_likeness(forget, samples)
     assert 0.6 < likeness.alike(others).float().mean() < 0.9  # three quarters, as of the forget images themselves
     by_hand = []
     for fold in range(5):
         held_out = torch.arange(50) % 5 == fold
-        by_hand.append(forget_scorer(forget[~held_out], samples)(others))
+        by_hand.append(forget_scorer(forget[~held_out], samples[~held_out])(others))
     torch.testing.assert_close(likeness.scorer(others), sum(by_hand) / 5)
+
+
+def test_samples_are_found_as_often_as_their_like():
+    """By a scorer that is fitted on them they would not be: it takes them for what forget images are not."""
+    torch.manual_seed(0)
+    concept = torch.zeros(400).index_fill(0, torch.arange(40), 0.7)
+    forget, samples, others = concept + torch.randn(100, 400), torch.randn(250, 400), torch.randn(250, 400)
+    samples[:100] += concept
+    others[:100] += concept
+    likeness, alike = held_out_likeness(forget, samples)
+    assert abs(alike[:100].float().mean() - likeness.alike(others)[:100].float().mean()) < 0.15
+    scorer = forget_scorer(forget, samples)
+    assert (scorer(samples)[:100] > likeness.least).float().mean() < alike[:100].float().mean() - 0.2
+
+
+def test_what_is_no_number_is_not_taken_for_forgotten():
+    likeness = Likeness(lambda x: x[:, 0].double(), 0.5)
+    assert likeness.alike(torch.tensor([[0.4], [0.6], [float("nan")]])).tolist() == [False, True, True]
 
 
 @pytest.mark.parametrize("delta", [0.0, -200.0])

@@ -1,14 +1,16 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import is_first
 
 from vdu_peft import VDUConfig
+from vdu_peft import strength as strength_module
 from vdu_peft.adapter import attach
 from vdu_peft.contexts import adapter_scale
 from vdu_peft.denoiser import image_seeds
-from vdu_peft.strength import Strength, calibrate, scale_delta
+from vdu_peft.strength import Strength, calibrate, own_alike, scale_delta
 
 ODDS = {"target_modules": ["odds"], "r": 1, "lora_alpha": 1}
 
@@ -31,14 +33,16 @@ def with_delta(denoiser, delta):
         (-1.0, 0.02, 1.0),  # 54 %, of which a scale of 1.25 makes a sixth go: too little
     ],
 )
-def test_what_remains_is_what_the_odds_leave(two_kinds, delta, tolerance, scale):
+def test_what_remains_is_what_the_odds_leave(two_kinds, monkeypatch, delta, tolerance, scale):
     """A sampler moves the first kind's share from 1/2 to sigmoid(delta), and keeps the order of the noises."""
+    monkeypatch.setattr(strength_module, "MAX_ALIKE", 1500)
     denoiser, forget = two_kinds
     seeds = image_seeds(1, 1500)
     samples = denoiser.sample(1500, seed=seeds, num_inference_steps=50)
     with_delta(denoiser, delta)
-    options = {"tolerance": tolerance, "num_inference_steps": 50, "seed": 0}
-    strength = calibrate(denoiser, forget, samples, seeds, **options)
+    with adapter_scale(denoiser.model, 0):
+        own = own_alike(denoiser, forget, samples, seeds, noise_seed=0)
+    strength = calibrate(denoiser, own, tolerance=tolerance, max_scale=2.0, num_inference_steps=50)
     kind = int(is_first(samples).sum())
     assert 0.5 * kind < strength.num_alike <= kind + 10
     assert strength.scale == scale
@@ -47,20 +51,39 @@ def test_what_remains_is_what_the_odds_leave(two_kinds, delta, tolerance, scale)
     assert abs(strength.remaining / strength.num_alike - share) < 3 * math.sqrt(share / strength.num_alike)
 
 
-def test_too_few_alike_say_nothing(two_kinds):
+def calibrated(denoiser, own, max_scale=2.0):
+    return calibrate(denoiser, own, tolerance=0.0, max_scale=max_scale, num_inference_steps=50)
+
+
+def test_what_is_drawn_again_is_neither_too_few_nor_too_many(two_kinds):
     denoiser, forget = two_kinds
-    seeds = image_seeds(3, 300)
-    samples = denoiser.sample(300, seed=seeds, num_inference_steps=20)
-    first = is_first(samples).nonzero().flatten().tolist()
-    keep = sorted({*range(300)} - {*first[9:]})
-    with_delta(denoiser, 0.0)
-    options = {"tolerance": 0.0, "num_inference_steps": 20, "seed": 0}
-    strength = calibrate(denoiser, forget, samples[keep], [seeds[i] for i in keep], **options)
-    assert 0 < strength.num_alike < 10 and strength == Strength(1.0, strength.num_alike, strength.num_alike)
-    second = sorted({*range(300)} - {*first})
-    far = forget + 5  # like nothing that is drawn
-    strength = calibrate(denoiser, far, samples[second], [seeds[i] for i in second], **options)
-    assert strength == Strength(1.0, 0, 0)
+    seeds = image_seeds(1, 1500)
+    samples = denoiser.sample(1500, seed=seeds, num_inference_steps=50)
+    own = own_alike(denoiser, forget, samples, seeds, noise_seed=0)
+    by_seed = dict(zip(seeds, is_first(samples).tolist(), strict=True))
+    assert len(own.seeds) == 200 and sum(by_seed[seed] for seed in own.seeds) > 170
+    with_delta(denoiser, -3.0)
+    assert calibrated(denoiser, own).scale > 1.25
+    # Nine say too little, even if all of them remain.
+    still = is_first(denoiser.sample(200, seed=own.seeds, num_inference_steps=50)).tolist()
+    remain = [seed for seed, first in zip(own.seeds, still, strict=True) if first]
+    few = calibrated(denoiser, replace(own, seeds=remain[:9]))
+    assert few.scale == 1 and few.remaining > 2 and "only 9 own samples" in str(few)
+    none = calibrated(denoiser, replace(own, seeds=[]))
+    assert none == Strength(1.0, 0, 0, 0.0) and none.enough
+    # A scale that may destroy the model is not tried.
+    assert calibrated(denoiser, own, max_scale=1.3).scale == 1.25
+    # Of samples that are no numbers none is forgotten.
+    denoiser.model.odds.lora_B["default"].weight.data.fill_(float("nan"))
+    assert calibrated(denoiser, own).remaining == 200
+
+
+@pytest.mark.parametrize(
+    ("num_alike", "remaining", "tolerance", "enough"),
+    [(200, 5, 0.025, True), (200, 6, 0.025, False), (30, 2, 0.025, True), (30, 3, 0.025, False), (9, 9, 0.0, True)],
+)
+def test_two_may_always_remain(num_alike, remaining, tolerance, enough):
+    assert Strength(1.0, num_alike, remaining, tolerance).enough == enough
 
 
 @pytest.mark.parametrize("variational", [True, False])

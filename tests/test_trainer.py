@@ -473,27 +473,51 @@ def test_the_redirection_falls_where_classes_differ(forget):
     assert sum(h["redirect"] for h in history[-5:]) < 0.7 * sum(h["redirect"] for h in history[:5])
 
 
-def test_a_run_scales_what_it_learned_by_what_it_drew(pipeline_folder, forget, tmp_path, monkeypatch):
-    learned = unlearn(pipeline_folder, forget, LEARNS, output_dir=tmp_path / "learned")
-    assert learned.strength.scale == 1 and learned.strength.num_alike <= FAST.replay_size
-    given = {}
-
-    def calibrate(denoiser, forget, samples, seeds, **options):
-        given.update(options, forget=forget, samples=samples, seeds=seeds)
-        return Strength(1.5, 40, 3)
-
-    monkeypatch.setattr(trainer_module, "calibrate", calibrate)
-    config = replace(LEARNS, forget_tolerance=0.3)
+@pytest.mark.parametrize("keep_quantile", [1.0, 0.2])
+def test_a_run_scales_what_it_learned_by_what_it_drew(pipeline_folder, forget, tmp_path, monkeypatch, keep_quantile):
+    """Also where a part of that is not retained; and again from the last checkpoint, which is not scaled twice."""
+    config = replace(LEARNS, checkpointing_steps=20, replay_keep_quantile=keep_quantile)
+    unlearn(pipeline_folder, forget, config, output_dir=tmp_path / "learned")
+    find, calls = trainer_module.own_alike, []
+    monkeypatch.setattr(trainer_module, "own_alike", lambda *args: calls.append(args) or find(*args))
+    monkeypatch.setattr(
+        trainer_module, "calibrate", lambda *args, **options: calls.append(options) or Strength(1.5, 40, 3, 0.025)
+    )
+    config = replace(config, forget_tolerance=0.3)
     result = unlearn(pipeline_folder, forget, config, output_dir=tmp_path / "scaled")
-    assert result.strength == Strength(1.5, 40, 3) and given["tolerance"] == 0.3
-    drawn = Denoiser.from_pretrained(pipeline_folder).sample(8, seed=given["seeds"], num_inference_steps=2)
-    torch.testing.assert_close(given["samples"], drawn, atol=0.05, rtol=0)  # bfloat16 where the CPU can
-    assert torch.equal(given["forget"], forget)
+    (_, given, samples, seeds, _), options = calls
+    assert options["tolerance"] == 0.3 and result.strength.scale == 1.5
+    denoiser = Denoiser.from_pretrained(pipeline_folder)
+    drawn = denoiser.sample(8, seed=seeds, num_inference_steps=2)
+    torch.testing.assert_close(samples, drawn, atol=0.05, rtol=0)  # bfloat16 where the CPU can
+    assert torch.equal(given, forget)
     before, after = weights(tmp_path / "learned"), weights(tmp_path / "scaled")
     expected = {n: 1.5 * w if "lora_B" in n else w + math.log(1.5) * ("log_std" in n) for n, w in before.items()}
     assert_same(after, expected, atol=1e-6, rtol=1e-6)
     card = (tmp_path / "scaled" / "adapter" / "README.md").read_text()
     assert "of 40 own samples that looked like the forget images 3 still do, drawn again; the delta was scaled" in card
+    # What is tolerated is no matter of the training: the checkpoint of another run goes on to the same.
+    config = replace(config, forget_tolerance=0.5)
+    unlearn(pipeline_folder, forget, config, output_dir=tmp_path / "scaled", resume=True)
+    assert_same(weights(tmp_path / "scaled"), after)
+
+
+def test_what_looks_like_the_forget_images_is_drawn_by_the_network_alone(pipeline_folder, forget, monkeypatch):
+    """Without dropout, in the base and in the adapter, which a run has in its steps."""
+    training = []
+    draw = trainer_module.draw_replay
+    monkeypatch.setattr(
+        trainer_module, "draw_replay", lambda d, *args, **o: training.append(d.model.training) or draw(d, *args, **o)
+    )
+    monkeypatch.setattr(
+        trainer_module,
+        "calibrate",
+        lambda d, *_, **__: training.append(any(m.training for m in d.model.modules())) or Strength(1.0, 40, 0, 0.025),
+    )
+    denoiser = Denoiser.from_pretrained(pipeline_folder)
+    denoiser.model.train()
+    result = unlearn(denoiser, forget, LEARNS, VDUConfig.for_model(denoiser.model, lora_dropout=0.1))
+    assert training == [False, False] and all(m.training for m in result.model.modules())
 
 
 def test_strength_is_not_looked_for_where_it_would_say_nothing(pipeline_folder, forget):

@@ -16,7 +16,7 @@ from vdu_peft.config import UnlearnConfig, VDUConfig
 CHECKPOINT_NAME = "checkpoint.safetensors"
 
 # What may differ between the interrupted run and its resumption.
-_RESUMABLE = ("checkpointing_steps", "report_to")
+_RESUMABLE = ("checkpointing_steps", "report_to", "forget_tolerance")
 
 
 def run_options(

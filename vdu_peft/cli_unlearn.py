@@ -160,6 +160,8 @@ def _outcome(result, output_dir: Path) -> int:
     )
     if result.strength is not None:
         _say(str(result.strength))
+        if not result.strength.enough:
+            _say("look at them by evaluate --forget_data; a smaller stability_weight or more images forget more")
     if result.failed:
         mend = {
             "nothing learned": "raise max_train_steps or learning_rate, or lower kl_weight, and check that "

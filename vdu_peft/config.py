@@ -207,9 +207,10 @@ class UnlearnConfig:
             concept's own share among them, they weigh against the forget images as in the loss of a model trained
             without those. 0.05 for a model with a condition, where the concept must not be held under other conditions.
         forget_tolerance: of the model's own samples that look like the forget images, the share that may still do so
-            when the adapter draws them again; of all that show the concept, which are about twice as many, about
-            twice this share may. While more do, its delta is scaled up, to twice at most and only as far as that
-            helps; 1 leaves it as it was learned. Not of a model with a condition, nor of given replay.
+            when the adapter draws them again (two always may). Of all that show the concept, about twice as many, about
+            twice the share may. While more do, the delta is scaled up, to twice at most and only as far as that helps;
+            1 leaves it as it was learned. Not looked at with fewer than ten such samples, a single forget image,
+            given replay, or a condition.
         early_stopping: once the forget target holds, let the learning rate fall to 0 over a fifth of
             ``max_train_steps`` and stop; not where a class or prompt is redirected, which has no target value.
         checkpointing_steps: save every so many steps; 0 never.
@@ -280,9 +281,10 @@ class UnlearnConfig:
             raise ConfigError(f"max_forget_timestep must lie in {(lowest or 0) + 1} to 1000, not {highest}")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed must lie in [0, 2**32), not {self.seed}")
-        for name in ("replay_keep_quantile", "forget_tolerance"):
-            if getattr(self, name) is not None and not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} must lie in [0, 1], not {getattr(self, name)}")
+        if self.replay_keep_quantile is not None and not 0 <= self.replay_keep_quantile <= 1:
+            raise ConfigError(f"replay_keep_quantile must lie in [0, 1], not {self.replay_keep_quantile}")
+        if not 0 <= self.forget_tolerance <= 1:
+            raise ConfigError(f"forget_tolerance must lie in [0, 1], not {self.forget_tolerance}")
 
     def filled(self, conditional: bool) -> "UnlearnConfig":
         """With the options that are None as they are for a model with a condition, or without one.

@@ -29,6 +29,18 @@ def posterior_noise(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, dropout and the like are off in all modules; outside, where they were on: to draw what it draws."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
 def posterior_sample(
     model: nn.Module, adapter_name: str = "default", generator: torch.Generator | None = None
 ) -> Iterator[None]:

@@ -99,6 +99,7 @@ def run_demo(
         output_dir,
         {"before": before, f"after forgetting {forget_digit}": after},
         status=result.status,
+        strength=result.strength and asdict(result.strength),
         steps=len(result.history),
         forget_images=len(images.forget),
         replay_images=result.num_replay,

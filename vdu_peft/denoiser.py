@@ -12,6 +12,7 @@ from diffusers import (
     DDPMPipeline,
     DiffusionPipeline,
     FluxTransformer2DModel,
+    ModelMixin,
     SchedulerMixin,
     SD3Transformer2DModel,
     UNet2DModel,
@@ -299,7 +300,7 @@ class Denoiser:
 
     def _middle(self):
         """The network's innermost block, and how its output becomes (N, channels)."""
-        if hasattr(self.model, "mid_block"):
+        if isinstance(self.model, ModelMixin) and hasattr(self.model, "mid_block"):
             return self.model.mid_block, lambda out: out.mean((2, 3))
         if isinstance(self.model, (FluxTransformer2DModel, SD3Transformer2DModel)):
             # Their joint blocks give (text, image tokens (N, L, C)).

@@ -71,33 +71,36 @@ class Likeness:
 
     Attributes:
         scorer: from features (N, F) to scores (N,), float64.
-        least: the score from which on an image looks like them.
+        least: an image with a higher score looks like them.
     """
 
     scorer: Scorer
     least: float
 
     def alike(self, features: torch.Tensor) -> torch.Tensor:
-        """(N,) bool."""
-        return self.scorer(features) > self.least
+        """(N,) bool; True for what is not a number, too."""
+        return ~(self.scorer(features) <= self.least)
 
 
-def held_out_likeness(forget: torch.Tensor, samples: torch.Tensor) -> Likeness:
+def held_out_likeness(forget: torch.Tensor, samples: torch.Tensor) -> tuple[Likeness, torch.Tensor]:
     """The mean of :func:`forget_scorer` over FOLDS, told from what each gives the forget images it is not fitted on.
 
-    Of one that it is, a few dozen score so high that hardly any sample comes up to them.
+    Of one that it is, a few dozen score so high that hardly any sample comes up to them; and a sample that it is
+    fitted on scores lower than its like.
 
     Args:
         forget: features (N_f, F), two or more.
-        samples: features (N, F).
+        samples: features (N, F), two or more.
+
+    Returns:
+        the likeness, and which samples are alike, (N,) bool, each by the one scorer that is not fitted on it.
     """
-    folds = min(FOLDS, len(forget))
-    held_out = torch.zeros(len(forget), dtype=torch.float64)
+    folds = min(FOLDS, len(forget), len(samples))
+    held_out, sample_scores = (torch.zeros(len(x), dtype=torch.float64) for x in (forget, samples))
     scorers = []
     for k in range(folds):
-        out = torch.arange(len(forget)) % folds == k
-        scorers.append(forget_scorer(forget[~out], samples))
-        held_out[out] = scorers[-1](forget[out])
-    return Likeness(
-        lambda x: torch.stack([scorer(x) for scorer in scorers]).mean(0), torch.quantile(held_out, LIKE_QUANTILE).item()
-    )
+        out, samples_out = (torch.arange(len(x)) % folds == k for x in (forget, samples))
+        scorers.append(forget_scorer(forget[~out], samples[~samples_out]))
+        held_out[out], sample_scores[samples_out] = scorers[-1](forget[out]), scorers[-1](samples[samples_out])
+    least = torch.quantile(held_out, LIKE_QUANTILE).item()
+    return Likeness(lambda x: torch.stack([s(x) for s in scorers]).mean(0), least), sample_scores > least

@@ -93,7 +93,7 @@ def evaluate_likeness(
     with adapter_scale(denoiser.model, 0):  # features, too: by what the pre-trained model sees in an image
         before, others = draw("adapter off", seed), draw("to compare with", seed + 1)
         features = [likeness_features(denoiser, x, seed, class_label) for x in (encoded, others, before, after)]
-    likeness = held_out_likeness(*features[:2])
+    likeness, _ = held_out_likeness(*features[:2])
     counts = [int(likeness.alike(x).sum()) for x in features[2:]]
     if counts[0] < MIN_LIKE:
         logger.warning(

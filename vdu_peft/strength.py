@@ -10,7 +10,7 @@ from torch import nn
 from vdu_peft.adapter import variational_layers
 from vdu_peft.contexts import adapter_scale
 from vdu_peft.denoiser import Denoiser
-from vdu_peft.likeness import held_out_likeness, likeness_features
+from vdu_peft.likeness import Likeness, held_out_likeness, likeness_features
 from vdu_peft.replay import draw_replay
 
 # Twice the delta is further than what was learned at its own scale can be trusted.
@@ -18,8 +18,25 @@ SCALES = (1.0, 1.25, 1.5, 1.75, 2.0)
 # A stronger delta costs quality: it must make at least a third of what remains go. What stays either way only resembles
 # the forget images.
 STAYING = 2 / 3
-# Of fewer samples that look like the forget images, one more or less says nothing.
-MIN_ALIKE = 10
+# Of fewer samples that look like the forget images nothing can be told, and of more than so many there is no need.
+MIN_ALIKE, MAX_ALIKE = 10, 200
+# So few that remain may be chance.
+FEW = 2
+
+
+@dataclass(frozen=True)
+class OwnAlike:
+    """The pre-trained model's own samples that look like the forget images, at most MAX_ALIKE of them.
+
+    Attributes:
+        likeness: what tells them.
+        seeds: that each was drawn from.
+        noise_seed: of the features' noise.
+    """
+
+    likeness: Likeness
+    seeds: list[int]
+    noise_seed: int
 
 
 @dataclass(frozen=True)
@@ -28,66 +45,87 @@ class Strength:
 
     Attributes:
         scale: what the delta is to be multiplied by.
-        num_alike: how many of the pre-trained model's samples look like the forget images.
-        remaining: how many of those still do when the adapter, at this scale, draws them from the same noise.
+        num_alike: how many of the pre-trained model's own samples that look like the forget images were drawn again.
+        remaining: how many of those still look like them when the adapter, at this scale, draws from the same noise.
+        tolerance: the share that might.
     """
 
     scale: float
     num_alike: int
     remaining: int
+    tolerance: float
+
+    @property
+    def enough(self) -> bool:
+        """Whether no more remain than might; also where too few are alike to tell."""
+        return self.num_alike < MIN_ALIKE or self.remaining <= max(FEW, self.tolerance * self.num_alike)
 
     def __str__(self) -> str:
+        if self.num_alike < MIN_ALIKE:
+            return f"only {self.num_alike} own samples look like the forget images: too few to tell what is left"
+        scaled = f"; the delta was scaled by {self.scale:g} for it" if self.scale != 1 else ""
         return (
-            f"of {self.num_alike} own samples that looked like the forget images {self.remaining} still do, drawn again"
-            + (f"; the delta was scaled by {self.scale:g} for it" if self.scale != 1 else "")
+            f"of {self.num_alike} own samples that looked like the forget images {self.remaining} still do, drawn "
+            f"again{scaled}"
         )
+
+
+def own_alike(
+    denoiser: Denoiser, forget: torch.Tensor, samples: torch.Tensor, seeds: Sequence[int], noise_seed: int
+) -> OwnAlike:
+    """Which of the model's own samples look like the forget images.
+
+    Args:
+        denoiser: an unconditional one, its model without an adapter, or with the adapter off.
+        forget: (N_f, C, H, W), two or more, and
+        samples: (N, C, H, W) from ``seeds`` (N,), both as the denoiser encodes them.
+    """
+    features = [likeness_features(denoiser, x, noise_seed) for x in (forget, samples)]
+    likeness, alike = held_out_likeness(*features)
+    return OwnAlike(likeness, [seeds[i] for i in alike.nonzero().flatten().tolist()][:MAX_ALIKE], noise_seed)
 
 
 def calibrate(
     denoiser: Denoiser,
-    forget: torch.Tensor,
-    samples: torch.Tensor,
-    seeds: Sequence[int],
+    own: OwnAlike,
     *,
     tolerance: float,
+    max_scale: float,
     num_inference_steps: int,
-    seed: int,
     progress: bool = False,
 ) -> Strength:
-    """The least scale at which what looked like the forget images no longer does.
+    """The scale of the delta at which few enough of what looked like the forget images still do.
 
-    Only those samples are drawn again, from the noise that they came from: of a concept that makes up a tenth of all,
-    it takes a tenth of the samples to see as much. An image that another noise has become is not seen.
+    Scaled up only step by step of SCALES, as far as each makes a good part of what remains go. Only those samples are
+    drawn again, from the noise that they came from: of a concept that makes up a tenth of all, it takes a tenth of the
+    samples to see as much. An image of it that another noise has become is not seen.
 
     Args:
-        denoiser: an unconditional one, its model with the adapter active.
-        forget: (N_f, C, H, W), two or more, and
-        samples: (N, C, H, W), the pre-trained model's own from ``seeds``, both as the denoiser encodes them.
+        denoiser: its model with the adapter active.
         tolerance: the share of them that may remain.
-        seed: of the features' noise.
+        max_scale: no higher one is tried.
+        num_inference_steps: that ``own`` was drawn with.
+        progress: whether to show progress bars.
     """
-    with adapter_scale(denoiser.model, 0):
-        features = [likeness_features(denoiser, x, seed) for x in (forget, samples)]
-        likeness = held_out_likeness(*features)
-    alike = [seeds[i] for i in likeness.alike(features[1]).nonzero().flatten().tolist()]
 
-    def remaining(scale: float) -> int:
-        if not alike:
-            return 0
+    def at(scale: float) -> Strength:
+        if not own.seeds:
+            return Strength(scale, 0, 0, tolerance)
         with adapter_scale(denoiser.model, scale):
             title = f"scale {scale:g}" if progress else None
-            images = draw_replay(denoiser, alike, num_inference_steps=num_inference_steps, progress=title)
+            images = draw_replay(denoiser, own.seeds, num_inference_steps=num_inference_steps, progress=title)
         with adapter_scale(denoiser.model, 0):
-            return int(likeness.alike(likeness_features(denoiser, images, seed)).sum())
+            features = likeness_features(denoiser, images, own.noise_seed)
+        return Strength(scale, len(own.seeds), int(own.likeness.alike(features).sum()), tolerance)
 
-    best = Strength(SCALES[0], len(alike), remaining(SCALES[0]))
+    best = at(SCALES[0])
     for scale in SCALES[1:]:
-        if len(alike) < MIN_ALIKE or best.remaining <= tolerance * len(alike):
+        if best.enough or scale > max_scale:
             break
-        left = remaining(scale)
-        if left > STAYING * best.remaining:
+        stronger = at(scale)
+        if stronger.remaining > STAYING * best.remaining:
             break
-        best = Strength(scale, len(alike), left)
+        best = stronger
     return best
 
 

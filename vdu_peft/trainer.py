@@ -20,16 +20,16 @@ from vdu_peft.card import model_card
 from vdu_peft.checkpoint import check_resumable, load_checkpoint, run_options, save_checkpoint
 from vdu_peft.classes import Classes, check_labels, run_classes
 from vdu_peft.config import ConfigError, UnlearnConfig, VDUConfig
-from vdu_peft.contexts import adapter_scale, posterior_noise
+from vdu_peft.contexts import adapter_scale, evaluating, posterior_noise
 from vdu_peft.data import ImageDataset
 from vdu_peft.denoiser import Denoiser, as_denoiser, image_seeds, in_turn
-from vdu_peft.history import FAILED, WINDOW, collapsed, recent, run_status, steps_to_target, target_holds
+from vdu_peft.history import COLLAPSE, FAILED, WINDOW, collapsed, recent, run_status, steps_to_target, target_holds
 from vdu_peft.learning_rate import last_step, lr_factor
 from vdu_peft.pixels import check_images
 from vdu_peft.precision import check_precision
 from vdu_peft.processes import check_processes
 from vdu_peft.replay import REPLAY_SEED, draw_replay, drop_forget_like
-from vdu_peft.strength import Strength, calibrate, scale_delta
+from vdu_peft.strength import OwnAlike, Strength, calibrate, own_alike, scale_delta
 from vdu_peft.terms import loss_terms
 
 
@@ -49,8 +49,9 @@ class UnlearnResult:
         status: ``forgotten``, ``partly forgotten``, ``nothing learned`` or ``collapsed``.
         num_replay: how many replay images were kept.
         trained_parameters: adapter parameters that the optimizer saw.
-        strength: what is left of the forget concept, and the scale that the delta was given for it; None where that
-            is not looked for: of a model with a condition, of given replay, of a single forget image, of a failed run.
+        strength: what is left of the forget concept, and the scale that the delta was given for it, after all that
+            ``history`` tells of; None where that is not looked for: of a model with a condition, of given replay, of a
+            single forget image, of a failed run.
     """
 
     model: PeftModel
@@ -140,22 +141,25 @@ def unlearn(
         (p for p in denoiser.model.parameters() if not p.requires_grad),
     )
     history: list[dict[str, float]] = []
-    replay_seeds = image_seeds(config.seed + REPLAY_SEED, config.replay_size)
+    own: OwnAlike | None = None
     try:
         if resume:  # before replay is drawn, which takes its time, and in which the adapter has no part
             history = load_checkpoint(output_dir, parameters, optimizer, options)
         if replay is None:
-            with adapter_scale(denoiser.model, 0), accelerator.autocast():
+            with adapter_scale(denoiser.model, 0), evaluating(denoiser.model), accelerator.autocast():
                 replay_labels = in_turn(classes.retained, config.replay_size) if classes else None
-                own = draw_replay(
+                seeds = image_seeds(config.seed + REPLAY_SEED, config.replay_size)
+                drawn = draw_replay(
                     denoiser,
-                    replay_seeds,
+                    seeds,
                     num_inference_steps=config.replay_inference_steps,
                     labels=replay_labels,
                     progress=None if bar_off else "replay",
                 )
+                if classes is None and min(len(forget), len(drawn)) > 1:
+                    own = own_alike(denoiser, forget, drawn, seeds, config.seed)
                 replay, replay_labels = drop_forget_like(
-                    denoiser, forget, own, replay_labels, keep_quantile=config.replay_keep_quantile, seed=config.seed
+                    denoiser, forget, drawn, replay_labels, keep_quantile=config.replay_keep_quantile, seed=config.seed
                 )
         else:
             replay = denoiser.encode(replay)
@@ -218,27 +222,26 @@ def unlearn(
                 if accelerator.is_main_process:
                     save_checkpoint(output_dir, parameters, optimizer, history, options)
                 accelerator.wait_for_everyone()
-    if config.report_to:
-        accelerator.end_training()
 
     # Before it is looked what it leaves: an interrupt there loses nothing of the run.
     _save(peft_model, denoiser, classes, output_dir, forget, history, config, accelerator)
     status, strength = run_status(history, config), None
-    if status not in FAILED and given_replay is None and classes is None and len(forget) > 1:
-        with accelerator.autocast():
+    if own is not None and status not in FAILED:
+        with evaluating(denoiser.model), accelerator.autocast():
             strength = calibrate(
                 denoiser,
-                forget,
                 own,
-                replay_seeds,
                 tolerance=config.forget_tolerance,
+                # Stability grows about as the square of the delta.
+                max_scale=(COLLAPSE / max(recent(history, "stability"), 1e-12)) ** 0.5,
                 num_inference_steps=config.replay_inference_steps,
-                seed=config.seed,
                 progress=not bar_off,
             )
         (strength,) = broadcast_object_list([strength])  # processes may round apart, but must end with one adapter
         scale_delta(denoiser.model, strength.scale)
         _save(peft_model, denoiser, classes, output_dir, forget, history, config, accelerator, strength)
+    if config.report_to:
+        accelerator.end_training()  # takes processes apart, after which they cannot wait for each other
     return UnlearnResult(
         peft_model, denoiser, history, status, len(replay), sum(p.numel() for p in parameters.values()), strength
     )
