@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from vdu_peft import demo
+from vdu_peft import demo, trainer
 from vdu_peft import options as command_line
 from vdu_peft.adapter import load_adapter
 from vdu_peft.cli import main
@@ -26,6 +26,7 @@ from vdu_peft.demo import assets
 from vdu_peft.denoiser import Denoiser
 from vdu_peft.evaluation import Report
 from vdu_peft.judge import AttributeJudge
+from vdu_peft.strength import Strength
 
 FAST = ["--max_train_steps=3", "--train_batch_size=4", "--replay_size=8", "--replay_inference_steps=2"]
 
@@ -51,6 +52,15 @@ def unlearn_command(pipeline_folder, pictures, tmp_path):
         *FAST,
         "--learning_rate=0.02",
     ]
+
+
+@pytest.mark.parametrize(("remaining", "mend"), [(20, True), (1, False)])
+def test_what_is_left_in_the_end_is_told(unlearn_command, monkeypatch, capsys, remaining, mend):
+    monkeypatch.setattr(trainer, "calibrate", lambda *_, **__: Strength(1.25, 40, remaining, 0.025))
+    assert main([*unlearn_command, "--max_train_steps=5", "--learning_rate=0.05"]) == 0
+    shown = capsys.readouterr().out
+    assert f"of 40 own samples that looked like the forget images {remaining} still do, drawn again; the delta" in shown
+    assert ("a smaller stability_weight or more images forget more" in shown) == mend
 
 
 def test_from_a_folder_of_pictures_to_a_merged_pipeline(pipeline_folder, unlearn_command, tmp_path, capsys):
