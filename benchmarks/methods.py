@@ -19,7 +19,7 @@ from benchmarks.baselines import (
 )
 from benchmarks.task import Outcome, Task
 from vdu_peft.config import UnlearnConfig, VDUConfig
-from vdu_peft.replay import REPLAY_SEED
+from vdu_peft.replay import replay_seeds
 from vdu_peft.trainer import UnlearnError, unlearn
 
 
@@ -54,9 +54,8 @@ def vdu_peft(task: Task, adapter: dict | None = None, oracle_filter: bool = Fals
 
 def oracle_replay(task: Task, config: UnlearnConfig) -> torch.Tensor:
     """The model's own samples, less those that the judge takes for the forget images' class."""
-    images = task.denoiser.sample(
-        config.replay_size, seed=config.seed + REPLAY_SEED, num_inference_steps=config.replay_inference_steps
-    )
+    seeds = replay_seeds(config.seed, config.replay_size)
+    images = task.denoiser.sample(len(seeds), seed=seeds, num_inference_steps=config.replay_inference_steps)
     forget_class = task.classify(task.forget).mode().values
     return images[task.classify(images) != forget_class]
 

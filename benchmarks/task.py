@@ -42,5 +42,5 @@ class Outcome(NamedTuple):
     status: str
     steps: int
     trained_parameters: int
-    step_cpu_seconds: float  # CPU time of one; replay, Fisher information, checkpoints, calibration not in it
+    step_cpu_seconds: float  # CPU time of one step, without replay, Fisher information, checkpoints, calibration
     scale: float = 1.0  # what a learned delta was multiplied by in the end

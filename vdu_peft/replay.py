@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import torch
 
-from vdu_peft.denoiser import Denoiser
+from vdu_peft.denoiser import Denoiser, image_seeds
 from vdu_peft.likeness import forget_scorer, likeness_features
 from vdu_peft.precision import quick_precision
 
@@ -14,6 +14,11 @@ logger = logging.getLogger(__name__)
 
 # Added to the run's seed: a report must not judge the very samples trained on.
 REPLAY_SEED = 7919
+
+
+def replay_seeds(seed: int, num_images: int) -> list[int]:
+    """What a run of this seed draws its replay from."""
+    return image_seeds(seed + REPLAY_SEED, num_images)
 
 
 def draw_replay(

@@ -22,13 +22,13 @@ from vdu_peft.classes import Classes, check_labels, run_classes
 from vdu_peft.config import ConfigError, UnlearnConfig, VDUConfig
 from vdu_peft.contexts import adapter_scale, evaluating, posterior_noise
 from vdu_peft.data import ImageDataset
-from vdu_peft.denoiser import Denoiser, as_denoiser, image_seeds, in_turn
+from vdu_peft.denoiser import Denoiser, as_denoiser, in_turn
 from vdu_peft.history import COLLAPSE, FAILED, WINDOW, collapsed, recent, run_status, steps_to_target, target_holds
 from vdu_peft.learning_rate import last_step, lr_factor
 from vdu_peft.pixels import check_images
 from vdu_peft.precision import check_precision
 from vdu_peft.processes import check_processes
-from vdu_peft.replay import REPLAY_SEED, draw_replay, drop_forget_like
+from vdu_peft.replay import draw_replay, drop_forget_like, replay_seeds
 from vdu_peft.strength import OwnAlike, Strength, calibrate, own_alike, scale_delta
 from vdu_peft.terms import loss_terms
 
@@ -148,7 +148,7 @@ def unlearn(
         if replay is None:
             with adapter_scale(denoiser.model, 0), evaluating(denoiser.model), accelerator.autocast():
                 replay_labels = in_turn(classes.retained, config.replay_size) if classes else None
-                seeds = image_seeds(config.seed + REPLAY_SEED, config.replay_size)
+                seeds = replay_seeds(config.seed, config.replay_size)
                 drawn = draw_replay(
                     denoiser,
                     seeds,

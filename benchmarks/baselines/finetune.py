@@ -10,10 +10,9 @@ from accelerate.utils import set_seed
 from benchmarks.task import Outcome, Task
 from vdu_peft.batch import draw_indices
 from vdu_peft.config import UnlearnConfig
-from vdu_peft.denoiser import image_seeds
 from vdu_peft.learning_rate import lr_factor
 from vdu_peft.objective import denoising_loss
-from vdu_peft.replay import REPLAY_SEED, draw_replay, drop_forget_like
+from vdu_peft.replay import draw_replay, drop_forget_like, replay_seeds
 
 # A baseline rehearses its replay as it is, so the forget class must not be in it: dropped as conditional models' is.
 FILTER_QUANTILE = 0.05
@@ -60,7 +59,7 @@ def retained(task: Task, source: str) -> torch.Tensor:
     if source != "replay":
         raise ValueError(f"retain: {source!r} is neither replay nor real")
     config = UnlearnConfig().filled(conditional=False)
-    seeds = image_seeds(task.seed + REPLAY_SEED, config.replay_size)
+    seeds = replay_seeds(task.seed, config.replay_size)
     drawn = draw_replay(task.denoiser, seeds, num_inference_steps=config.replay_inference_steps)
     images, _ = drop_forget_like(task.denoiser, task.forget, drawn, None, keep_quantile=FILTER_QUANTILE, seed=task.seed)
     return images
