@@ -47,6 +47,7 @@ ALLOWED = {
         "classes",
         "history",
         "learning_rate",
+        "likeness",
         "config",
         "data",
         "contexts",

@@ -10,6 +10,7 @@ from vdu_peft import strength as strength_module
 from vdu_peft.adapter import attach
 from vdu_peft.contexts import adapter_scale
 from vdu_peft.denoiser import image_seeds
+from vdu_peft.likeness import own_likeness
 from vdu_peft.strength import Strength, calibrate, own_alike, scale_delta
 
 ODDS = {"target_modules": ["odds"], "r": 1, "lora_alpha": 1}
@@ -41,7 +42,7 @@ def test_what_remains_is_what_the_odds_leave(two_kinds, monkeypatch, delta, tole
     samples = denoiser.sample(1500, seed=seeds, num_inference_steps=50)
     with_delta(denoiser, delta)
     with adapter_scale(denoiser.model, 0):
-        own = own_alike(denoiser, forget, samples, seeds, noise_seed=0)
+        own = own_alike(*own_likeness(denoiser, forget, samples, None, seed=0), seeds, noise_seed=0)
     strength = calibrate(denoiser, own, tolerance=tolerance, max_scale=2.0, num_inference_steps=50)
     kind = int(is_first(samples).sum())
     assert 0.5 * kind < strength.num_alike <= kind + 10
@@ -59,7 +60,7 @@ def test_what_is_drawn_again_is_neither_too_few_nor_too_many(two_kinds):
     denoiser, forget = two_kinds
     seeds = image_seeds(1, 1500)
     samples = denoiser.sample(1500, seed=seeds, num_inference_steps=50)
-    own = own_alike(denoiser, forget, samples, seeds, noise_seed=0)
+    own = own_alike(*own_likeness(denoiser, forget, samples, None, seed=0), seeds, noise_seed=0)
     by_seed = dict(zip(seeds, is_first(samples).tolist(), strict=True))
     assert len(own.seeds) == 200 and sum(by_seed[seed] for seed in own.seeds) > 170
     with_delta(denoiser, -3.0)

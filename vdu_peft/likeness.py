@@ -67,19 +67,45 @@ def forget_scorer(forget: torch.Tensor, samples: torch.Tensor) -> Scorer:
 
 @dataclass(frozen=True)
 class Likeness:
-    """Which images look like the forget images.
+    """Which images look like the forget images: those that score above a quantile of their own scores.
 
     Attributes:
         scorer: from features (N, F) to scores (N,), float64.
-        least: an image with a higher score looks like them.
+        forget_scores: the forget images' own, (N_f,) float64.
     """
 
     scorer: Scorer
-    least: float
+    forget_scores: torch.Tensor
+
+    def least(self, quantile: float = LIKE_QUANTILE) -> float:
+        """The score that an image must exceed."""
+        return torch.quantile(self.forget_scores, quantile).item()
 
     def alike(self, features: torch.Tensor) -> torch.Tensor:
         """(N,) bool; True for what is not a number, too."""
-        return ~(self.scorer(features) <= self.least)
+        return ~(self.scorer(features) <= self.least())
+
+
+def own_likeness(
+    denoiser: Denoiser, forget: torch.Tensor, samples: torch.Tensor, labels: torch.Tensor | None, seed: int
+) -> tuple[Likeness, torch.Tensor]:
+    """What looks like the forget images to the model, and the scores (N,) of its own samples.
+
+    Without a condition :func:`held_out_likeness`: what is taken for the concept there is hardly ever anything else,
+    and what is near it is retained. With one, where a sample too many that is not retained is better than one too few,
+    one regression on all of them, and so of a single forget image.
+
+    Args:
+        forget, samples: (N_f, C, H, W) and (N, C, H, W), as the denoiser encodes them.
+        labels: (N,) of the samples, of a model with a condition.
+        seed: of the features' noise.
+    """
+    class_label = None if labels is None else int(labels[0])
+    features = [likeness_features(denoiser, x, seed, class_label) for x in (forget, samples)]
+    if labels is None and min(map(len, features)) > 1:
+        return held_out_likeness(*features)
+    scorer = forget_scorer(*features)
+    return Likeness(scorer, scorer(features[0])), scorer(features[1])
 
 
 def held_out_likeness(forget: torch.Tensor, samples: torch.Tensor) -> tuple[Likeness, torch.Tensor]:
@@ -93,7 +119,7 @@ def held_out_likeness(forget: torch.Tensor, samples: torch.Tensor) -> tuple[Like
         samples: features (N, F), two or more.
 
     Returns:
-        the likeness, and which samples are alike, (N,) bool, each by the one scorer that is not fitted on it.
+        the likeness, and the samples' scores (N,), each by the one scorer that is not fitted on it.
     """
     folds = min(FOLDS, len(forget), len(samples))
     held_out, sample_scores = (torch.zeros(len(x), dtype=torch.float64) for x in (forget, samples))
@@ -102,5 +128,4 @@ def held_out_likeness(forget: torch.Tensor, samples: torch.Tensor) -> tuple[Like
         out, samples_out = (torch.arange(len(x)) % folds == k for x in (forget, samples))
         scorers.append(forget_scorer(forget[~out], samples[~samples_out]))
         held_out[out], sample_scores[samples_out] = scorers[-1](forget[out]), scorers[-1](samples[samples_out])
-    least = torch.quantile(held_out, LIKE_QUANTILE).item()
-    return Likeness(lambda x: torch.stack([s(x) for s in scorers]).mean(0), least), sample_scores > least
+    return Likeness(lambda x: torch.stack([s(x) for s in scorers]).mean(0), held_out), sample_scores

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import torch
 
 from vdu_peft.denoiser import Denoiser, image_seeds
-from vdu_peft.likeness import forget_scorer, likeness_features
+from vdu_peft.likeness import Likeness
 from vdu_peft.precision import quick_precision
 
 logger = logging.getLogger(__name__)
@@ -49,31 +49,26 @@ def draw_replay(
 
 
 def drop_forget_like(
-    denoiser: Denoiser,
-    forget: torch.Tensor,
     images: torch.Tensor,
     labels: torch.Tensor | None,
-    *,
+    likeness: Likeness,
+    scores: torch.Tensor,
     keep_quantile: float,
-    seed: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Images (M, C, H, W), M <= N, and their labels, less what looks like the forget set.
 
     Args:
-        forget, images: (N_f, C, H, W) and (N, C, H, W), as the denoiser encodes them.
+        images: (N, C, H, W), as the denoiser encodes them.
         labels: (N,), of a model with a condition.
+        likeness, scores: of the forget images, and (N,) of the images.
         keep_quantile: drop images whose forget score exceeds this quantile of the forget images' scores; 1 keeps all.
-        seed: of the features' noise.
     """
     if keep_quantile == 1:
         return images, labels
-    class_label = None if labels is None else int(labels[0])
-    features = [likeness_features(denoiser, x, seed, class_label) for x in (forget, images)]
-    forget_score, score = map(forget_scorer(*features), features)
-    keep = score < torch.quantile(forget_score, keep_quantile)
+    keep = scores <= likeness.least(keep_quantile)
     if keep.sum() < 2:
         # Nothing but the forget concept in the samples (or too few of them): the least alike half is the best there is.
-        keep = score <= score.median()
+        keep = scores <= scores.median()
     if labels is None:
         return images[keep], None
     if left_out := len({*labels.tolist()} - {*labels[keep].tolist()}):

@@ -10,7 +10,7 @@ from torch import nn
 from vdu_peft.adapter import variational_layers
 from vdu_peft.contexts import adapter_scale
 from vdu_peft.denoiser import Denoiser
-from vdu_peft.likeness import Likeness, held_out_likeness, likeness_features
+from vdu_peft.likeness import Likeness, likeness_features
 from vdu_peft.replay import draw_replay
 
 # Twice the delta is further than what was learned at its own scale can be trusted.
@@ -70,19 +70,10 @@ class Strength:
         )
 
 
-def own_alike(
-    denoiser: Denoiser, forget: torch.Tensor, samples: torch.Tensor, seeds: Sequence[int], noise_seed: int
-) -> OwnAlike:
-    """Which of the model's own samples look like the forget images.
-
-    Args:
-        denoiser: an unconditional one, its model without an adapter, or with the adapter off.
-        forget: (N_f, C, H, W), two or more, and
-        samples: (N, C, H, W) from ``seeds`` (N,), both as the denoiser encodes them.
-    """
-    features = [likeness_features(denoiser, x, noise_seed) for x in (forget, samples)]
-    likeness, alike = held_out_likeness(*features)
-    return OwnAlike(likeness, [seeds[i] for i in alike.nonzero().flatten().tolist()][:MAX_ALIKE], noise_seed)
+def own_alike(likeness: Likeness, scores: torch.Tensor, seeds: Sequence[int], noise_seed: int) -> OwnAlike:
+    """Those of an unconditional model's own samples, (N,) scores and the seeds they are from, that look like them."""
+    alike = (scores > likeness.least()).nonzero().flatten().tolist()
+    return OwnAlike(likeness, [seeds[i] for i in alike][:MAX_ALIKE], noise_seed)
 
 
 def calibrate(

@@ -25,6 +25,7 @@ from vdu_peft.data import ImageDataset
 from vdu_peft.denoiser import Denoiser, as_denoiser, in_turn
 from vdu_peft.history import COLLAPSE, FAILED, WINDOW, collapsed, recent, run_status, steps_to_target, target_holds
 from vdu_peft.learning_rate import last_step, lr_factor
+from vdu_peft.likeness import own_likeness
 from vdu_peft.pixels import check_images
 from vdu_peft.precision import check_precision
 from vdu_peft.processes import check_processes
@@ -156,10 +157,11 @@ def unlearn(
                     labels=replay_labels,
                     progress=None if bar_off else "replay",
                 )
-                if classes is None and min(len(forget), len(drawn)) > 1:
-                    own = own_alike(denoiser, forget, drawn, seeds, config.seed)
+                likeness, scores = own_likeness(denoiser, forget, drawn, replay_labels, config.seed)
+                if classes is None and len(forget) > 1:
+                    own = own_alike(likeness, scores, seeds, config.seed)
                 replay, replay_labels = drop_forget_like(
-                    denoiser, forget, drawn, replay_labels, keep_quantile=config.replay_keep_quantile, seed=config.seed
+                    drawn, replay_labels, likeness, scores, config.replay_keep_quantile
                 )
         else:
             replay = denoiser.encode(replay)

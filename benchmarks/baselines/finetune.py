@@ -11,10 +11,11 @@ from benchmarks.task import Outcome, Task
 from vdu_peft.batch import draw_indices
 from vdu_peft.config import UnlearnConfig
 from vdu_peft.learning_rate import lr_factor
+from vdu_peft.likeness import own_likeness
 from vdu_peft.objective import denoising_loss
 from vdu_peft.replay import draw_replay, drop_forget_like, replay_seeds
 
-# A baseline rehearses its replay as it is, so the forget class must not be in it: dropped as conditional models' is.
+# A baseline rehearses its replay as it is, so that more of the forget class must go than from what ours holds.
 FILTER_QUANTILE = 0.05
 
 Gradients = Sequence[torch.Tensor]
@@ -61,8 +62,8 @@ def retained(task: Task, source: str) -> torch.Tensor:
     config = UnlearnConfig().filled(conditional=False)
     seeds = replay_seeds(task.seed, config.replay_size)
     drawn = draw_replay(task.denoiser, seeds, num_inference_steps=config.replay_inference_steps)
-    images, _ = drop_forget_like(task.denoiser, task.forget, drawn, None, keep_quantile=FILTER_QUANTILE, seed=task.seed)
-    return images
+    likeness, scores = own_likeness(task.denoiser, task.forget, drawn, None, task.seed)
+    return drop_forget_like(drawn, None, likeness, scores, FILTER_QUANTILE)[0]
 
 
 def finetune(
