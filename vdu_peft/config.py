@@ -154,7 +154,7 @@ Precision = Literal["no", "bf16", "fp16"]
 # What None stands for where nothing else is asked for.
 UNCONDITIONAL = {
     "plasticity": "reciprocal",
-    "stability_weight": 1.5,
+    "stability_weight": 1.75,
     "replay_size": 1024,
     "replay_keep_quantile": 0.25,
 }
@@ -175,7 +175,7 @@ class UnlearnConfig:
             resists, near what is like the concept, and goes on where nothing does. ``hinge`` for a model with a
             condition, which is redirected.
         forget_target: c of both: raise the forget images' denoising loss to c times the original, and no further.
-        stability_weight: weight of the function-space stability on self-generated replay. When None, 1.5 for an
+        stability_weight: weight of the function-space stability on self-generated replay. When None, 1.75 for an
             unconditional model, 1 for one with a condition.
         kl_weight: weight of the KL (nats) per posterior weight: K is how many weights ``lora_B`` has. Not per element
             of the forget images, as beside a likelihood: bounded plasticity is a ratio, in no nats, and then 20 images,
@@ -203,9 +203,10 @@ class UnlearnConfig:
             them), 256 for one with a condition.
         replay_inference_steps: sampler steps for them.
         replay_keep_quantile: replay images whose forget-likeness exceeds this quantile of the forget images' own are
-            dropped; 1 keeps all. When None, 0.25 for an unconditional model: what is surely the concept goes, or it
-            would be held in place the more the more often the model draws it; what is near the concept stays. 0.05 for
-            a model with a condition, where the concept must not be held under other conditions.
+            dropped; 1 keeps all. When None, 0.25 for an unconditional model, of scores by regressions that have not
+            seen the image: the concept goes, or it would be held in place the more the more often the model draws it;
+            what is near it stays, as does at least half. 0.05 for a model with a condition, where the concept must not
+            be held under other conditions.
         forget_tolerance: of the model's own samples that look like the forget images, the share that may still do so
             when the adapter draws them again (two always may). Of all that show the concept, about twice as many, about
             twice the share may. While more do, the delta is scaled up, to twice at most and only as far as that helps;

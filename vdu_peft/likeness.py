@@ -71,19 +71,20 @@ class Likeness:
 
     Attributes:
         scorer: from features (N, F) to scores (N,), float64.
-        forget_scores: the forget images' own, (N_f,) float64.
+        forget_scores: the forget images' own, (N_f,) float64; of :func:`held_out_likeness` each by the one scorer that
+            is not fitted on it.
     """
 
     scorer: Scorer
     forget_scores: torch.Tensor
 
-    def least(self, quantile: float = LIKE_QUANTILE) -> float:
+    def threshold(self, quantile: float = LIKE_QUANTILE) -> float:
         """The score that an image must exceed."""
         return torch.quantile(self.forget_scores, quantile).item()
 
     def alike(self, features: torch.Tensor) -> torch.Tensor:
         """(N,) bool; True for what is not a number, too."""
-        return ~(self.scorer(features) <= self.least())
+        return ~(self.scorer(features) <= self.threshold())
 
 
 def own_likeness(
@@ -91,8 +92,8 @@ def own_likeness(
 ) -> tuple[Likeness, torch.Tensor]:
     """What looks like the forget images to the model, and the scores (N,) of its own samples.
 
-    Without a condition :func:`held_out_likeness`: what is taken for the concept there is hardly ever anything else,
-    and what is near it is retained. With one, where a sample too many that is not retained is better than one too few,
+    Without a condition :func:`held_out_likeness`: where the concept is told from other things at all, what it takes for
+    it is hardly ever anything else. With one, where a sample too many that is not retained is better than one too few,
     one regression on all of them, and so of a single forget image.
 
     Args:

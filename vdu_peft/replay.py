@@ -7,7 +7,6 @@ from contextlib import nullcontext
 import torch
 
 from vdu_peft.denoiser import Denoiser, image_seeds
-from vdu_peft.likeness import Likeness
 from vdu_peft.precision import quick_precision
 
 logger = logging.getLogger(__name__)
@@ -49,26 +48,22 @@ def draw_replay(
 
 
 def drop_forget_like(
-    images: torch.Tensor,
-    labels: torch.Tensor | None,
-    likeness: Likeness,
-    scores: torch.Tensor,
-    keep_quantile: float,
+    images: torch.Tensor, labels: torch.Tensor | None, scores: torch.Tensor, threshold: float
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Images (M, C, H, W), M <= N, and their labels, less what looks like the forget set.
 
     Args:
         images: (N, C, H, W), as the denoiser encodes them.
         labels: (N,), of a model with a condition.
-        likeness, scores: of the forget images, and (N,) of the images.
-        keep_quantile: drop images whose forget score exceeds this quantile of the forget images' scores; 1 keeps all.
+        scores: (N,), their forget-likeness.
+        threshold: images that exceed it are dropped.
     """
-    if keep_quantile == 1:
-        return images, labels
-    keep = scores <= likeness.least(keep_quantile)
-    if keep.sum() < 2:
-        # Nothing but the forget concept in the samples (or too few of them): the least alike half is the best there is.
-        keep = scores <= scores.median()
+    keep = ~(scores > threshold)  # what is not a number stays: the loss will tell of it
+    # Without a condition, if more than half of all look like them then the forget images are hardly told from others.
+    # With one, nothing but the forget concept in the samples (or too few of them). The least alike half is the best
+    # there is.
+    if keep.sum() < (len(images) / 2 if labels is None else 2):
+        keep = ~(scores > scores.median())
     if labels is None:
         return images[keep], None
     if left_out := len({*labels.tolist()} - {*labels[keep].tolist()}):

@@ -71,8 +71,14 @@ class Strength:
 
 
 def own_alike(likeness: Likeness, scores: torch.Tensor, seeds: Sequence[int], noise_seed: int) -> OwnAlike:
-    """Those of an unconditional model's own samples, (N,) scores and the seeds they are from, that look like them."""
-    alike = (scores > likeness.least()).nonzero().flatten().tolist()
+    """Those of an unconditional model's own samples that look like the forget images.
+
+    Args:
+        scores: (N,) of the samples, and
+        seeds: (N,), that each was drawn from.
+        noise_seed: of the likeness's features.
+    """
+    alike = (scores > likeness.threshold()).nonzero().flatten().tolist()
     return OwnAlike(likeness, [seeds[i] for i in alike][:MAX_ALIKE], noise_seed)
 
 

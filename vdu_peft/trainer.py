@@ -157,12 +157,15 @@ def unlearn(
                     labels=replay_labels,
                     progress=None if bar_off else "replay",
                 )
-                likeness, scores = own_likeness(denoiser, forget, drawn, replay_labels, config.seed)
-                if classes is None and len(forget) > 1:
+                replay, drops = drawn, config.replay_keep_quantile < 1
+                if drops or classes is None:
+                    likeness, scores = own_likeness(denoiser, forget, drawn, replay_labels, config.seed)
+                if classes is None and min(len(forget), len(drawn)) > 1:
                     own = own_alike(likeness, scores, seeds, config.seed)
-                replay, replay_labels = drop_forget_like(
-                    drawn, replay_labels, likeness, scores, config.replay_keep_quantile
-                )
+                if drops:
+                    # Processes may round apart, but must draw their batches from one set.
+                    told = broadcast_object_list([scores, likeness.threshold(config.replay_keep_quantile)])
+                    replay, replay_labels = drop_forget_like(drawn, replay_labels, *told)
         else:
             replay = denoiser.encode(replay)
     except BaseException:  # before the first step: the caller's model is as it was, and can be tried again

@@ -63,7 +63,7 @@ def retained(task: Task, source: str) -> torch.Tensor:
     seeds = replay_seeds(task.seed, config.replay_size)
     drawn = draw_replay(task.denoiser, seeds, num_inference_steps=config.replay_inference_steps)
     likeness, scores = own_likeness(task.denoiser, task.forget, drawn, None, task.seed)
-    return drop_forget_like(drawn, None, likeness, scores, FILTER_QUANTILE)[0]
+    return drop_forget_like(drawn, None, scores, likeness.threshold(FILTER_QUANTILE))[0]
 
 
 def finetune(
