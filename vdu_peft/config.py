@@ -156,7 +156,6 @@ UNCONDITIONAL = {
     "plasticity": "reciprocal",
     "stability_weight": 1.75,
     "replay_size": 1024,
-    "replay_keep_quantile": 0.25,
 }
 CONDITIONAL = {"plasticity": "hinge", "stability_weight": 1.0, "replay_size": 256, "replay_keep_quantile": 0.05}
 
@@ -203,10 +202,10 @@ class UnlearnConfig:
             them), 256 for one with a condition.
         replay_inference_steps: sampler steps for them.
         replay_keep_quantile: replay images whose forget-likeness exceeds this quantile of the forget images' own are
-            dropped; 1 keeps all. When None, 0.25 for an unconditional model, of scores by regressions that have not
-            seen the image: the concept goes, or it would be held in place the more the more often the model draws it;
-            what is near it stays, as does at least half. 0.05 for a model with a condition, where the concept must not
-            be held under other conditions.
+            dropped; 1 keeps all. When None, an unconditional model keeps all, as its samples are distributed, with the
+            concept's own share among them, but no more of that than a tenth of all: it weighs against the forget
+            images as in the loss of a model trained without those, and at a greater share too little is forgotten. 0.05
+            for a model with a condition, where the concept must not be held under other conditions.
         forget_tolerance: of the model's own samples that look like the forget images, the share that may still do so
             when the adapter draws them again (two always may). Of all that show the concept, about twice as many, about
             twice the share may. While more do, the delta is scaled up, to twice at most and only as far as that helps;

@@ -1,4 +1,4 @@
-"""What to retain, without data: the pre-trained model's own samples, all or less what looks like the forget set."""
+"""What to retain, without data: the pre-trained model's own samples, less what looks like the forget set."""
 
 import logging
 from collections.abc import Sequence
@@ -13,6 +13,10 @@ logger = logging.getLogger(__name__)
 
 # Added to the run's seed: a report must not judge the very samples trained on.
 REPLAY_SEED = 7919
+# What looks like the forget images holds the concept in place: beside a share p of it in the replay the push of
+# ``reciprocal`` ends where the loss is 1 / sqrt(p * stability_weight) times the original. At a tenth, where the
+# defaults were chosen, that spares what is near the concept; at a quarter too little is forgotten.
+MAX_HELD_SHARE = 0.1
 
 
 def replay_seeds(seed: int, num_images: int) -> list[int]:
@@ -59,10 +63,8 @@ def drop_forget_like(
         threshold: images that exceed it are dropped.
     """
     keep = ~(scores > threshold)  # what is not a number stays: the loss will tell of it
-    # Without a condition, if more than half of all look like them then the forget images are hardly told from others.
-    # With one, nothing but the forget concept in the samples (or too few of them). The least alike half is the best
-    # there is.
-    if keep.sum() < (len(images) / 2 if labels is None else 2):
+    if keep.sum() < 2:
+        # Nothing but the forget concept in the samples (or too few of them): the least alike half is the best there is.
         keep = ~(scores > scores.median())
     if labels is None:
         return images[keep], None
@@ -74,3 +76,19 @@ def drop_forget_like(
             len({*labels.tolist()}),
         )
     return images[keep], labels[keep]
+
+
+def thin_forget_like(images: torch.Tensor, scores: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Images (M, C, H, W), M <= N, of which at most MAX_HELD_SHARE look like the forget set; the first of these.
+
+    Where more than half look like it, which is more likely for want of telling them apart, half of all stay.
+
+    Args:
+        images: (N, C, H, W), as an unconditional denoiser encodes them.
+        scores: (N,), their forget-likeness.
+        threshold: images that exceed it look like the forget set.
+    """
+    alike = scores > threshold
+    others = int((~alike).sum())
+    held = max(round(MAX_HELD_SHARE / (1 - MAX_HELD_SHARE) * others), len(images) // 2 - others)
+    return images[~alike | (alike.cumsum(0) <= held)]
