@@ -84,7 +84,9 @@ def test_what_is_drawn_again_is_neither_too_few_nor_too_many(two_kinds):
     [(200, 5, 0.025, True), (200, 6, 0.025, False), (30, 2, 0.025, True), (30, 3, 0.025, False), (9, 9, 0.0, True)],
 )
 def test_two_may_always_remain(num_alike, remaining, tolerance, enough):
-    assert Strength(1.0, num_alike, remaining, tolerance).enough == enough
+    strength = Strength(1.0, num_alike, remaining, tolerance)
+    assert strength.enough == enough
+    assert strength.remaining_share == (remaining / num_alike if num_alike >= 10 else 0)
 
 
 @pytest.mark.parametrize("variational", [True, False])

@@ -44,8 +44,12 @@ def collapsed(history: list[dict[str, float]]) -> bool:
     return len(history) >= WINDOW and recent(history, "stability") > COLLAPSE
 
 
-def run_status(history: list[dict[str, float]], config: UnlearnConfig) -> str:
-    """``forgotten``, ``partly forgotten``, or one of FAILED, which would else pass in silence."""
+def run_status(history: list[dict[str, float]], config: UnlearnConfig, remaining_share: float = 0.0) -> str:
+    """``forgotten``, ``partly forgotten``, or one of FAILED, which would else pass in silence.
+
+    Args:
+        remaining_share: of the model's own samples that looked like the forget images, those that still do.
+    """
     if recent(history, "stability") > COLLAPSE:
         return "collapsed"
     ratio = recent(history, "forget_ratio")
@@ -55,5 +59,7 @@ def run_status(history: list[dict[str, float]], config: UnlearnConfig) -> str:
         left = recent(history, "redirect") / max(recent(history[:WINDOW], "redirect"), 1e-12)
     if ratio < NOTHING_LEARNED * history[0]["forget_ratio"] and left > 1 / NOTHING_LEARNED:
         return "nothing learned"
+    if remaining_share > 0.5:  # whatever the loss is
+        return "partly forgotten"
     # Half of the way to the target: where samples of the concept have gone in practice.
     return "forgotten" if ratio >= (1 + config.forget_target) / 2 or left <= 0.5 else "partly forgotten"

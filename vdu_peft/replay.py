@@ -90,5 +90,5 @@ def thin_forget_like(images: torch.Tensor, scores: torch.Tensor, threshold: floa
     """
     alike = scores > threshold
     others = int((~alike).sum())
-    held = max(round(MAX_HELD_SHARE / (1 - MAX_HELD_SHARE) * others), len(images) // 2 - others)
+    held = max(round(MAX_HELD_SHARE / (1 - MAX_HELD_SHARE) * others), -(-len(images) // 2) - others)
     return images[~alike | (alike.cumsum(0) <= held)]

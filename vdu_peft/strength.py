@@ -56,6 +56,11 @@ class Strength:
     tolerance: float
 
     @property
+    def remaining_share(self) -> float:
+        """0 where too few are alike to tell."""
+        return self.remaining / self.num_alike if self.num_alike >= MIN_ALIKE else 0.0
+
+    @property
     def enough(self) -> bool:
         """Whether no more remain than might; also where too few are alike to tell."""
         return self.num_alike < MIN_ALIKE or self.remaining <= max(FEW, self.tolerance * self.num_alike)

@@ -246,6 +246,7 @@ def unlearn(
                 progress=not bar_off,
             )
         (strength,) = broadcast_object_list([strength])  # processes may round apart, but must end with one adapter
+        status = run_status(history, config, strength.remaining_share)
         scale_delta(denoiser.model, strength.scale)
         _save(peft_model, denoiser, classes, output_dir, forget, history, config, accelerator, strength)
     if config.report_to:
@@ -344,7 +345,7 @@ def _save(
             if config.plasticity != "elbo" and classes.anchors.numel():
                 facts["drawn instead"] = classes.named(classes.anchors, denoiser)
         if history:
-            facts["outcome"] = run_status(history, config)
+            facts["outcome"] = run_status(history, config, strength.remaining_share if strength else 0.0)
             for name, shown in (("forget ratio", "forget_ratio"), ("stability", "stability")):
                 facts[f"{name}, mean of the last {min(WINDOW, len(history))} steps"] = f"{recent(history, shown):.3g}"
         if strength is not None:
