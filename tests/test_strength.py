@@ -6,12 +6,13 @@ import torch
 from conftest import is_first
 
 from vdu_peft import VDUConfig
-from vdu_peft import strength as strength_module
+from vdu_peft import replay as replay_module
 from vdu_peft.adapter import attach
 from vdu_peft.contexts import adapter_scale
 from vdu_peft.denoiser import image_seeds
 from vdu_peft.likeness import own_likeness
-from vdu_peft.strength import Strength, calibrate, own_alike, scale_delta
+from vdu_peft.replay import own_alike
+from vdu_peft.strength import Strength, calibrate, scale_delta
 
 ODDS = {"target_modules": ["odds"], "r": 1, "lora_alpha": 1}
 
@@ -36,7 +37,7 @@ def with_delta(denoiser, delta):
 )
 def test_what_remains_is_what_the_odds_leave(two_kinds, monkeypatch, delta, tolerance, scale):
     """A sampler moves the first kind's share from 1/2 to sigmoid(delta), and keeps the order of the noises."""
-    monkeypatch.setattr(strength_module, "MAX_ALIKE", 1500)
+    monkeypatch.setattr(replay_module, "MAX_ALIKE", 1500)
     denoiser, forget = two_kinds
     seeds = image_seeds(1, 1500)
     samples = denoiser.sample(1500, seed=seeds, num_inference_steps=50)

@@ -3,10 +3,15 @@
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from accelerate.utils import broadcast_object_list
 
-from vdu_peft.denoiser import Denoiser, image_seeds
+from vdu_peft.config import UnlearnConfig
+from vdu_peft.denoiser import Denoiser, image_seeds, in_turn
+from vdu_peft.likeness import LIKE_QUANTILE, Likeness, own_likeness
 from vdu_peft.precision import quick_precision
 
 logger = logging.getLogger(__name__)
@@ -17,6 +22,73 @@ REPLAY_SEED = 7919
 # ``reciprocal`` ends where the loss is 1 / sqrt(p * stability_weight) times the original. At a tenth, where the
 # defaults were chosen, that spares what is near the concept; at a quarter too little is forgotten.
 MAX_HELD_SHARE = 0.1
+# Of what looks like them more need not be drawn again.
+MAX_ALIKE = 200
+
+
+@dataclass(frozen=True)
+class OwnAlike:
+    """The pre-trained model's own samples that look like the forget images, at most MAX_ALIKE of them.
+
+    Attributes:
+        likeness: what tells them.
+        seeds: that each was drawn from.
+        noise_seed: of the features' noise.
+    """
+
+    likeness: Likeness
+    seeds: list[int]
+    noise_seed: int
+
+
+class OwnReplay(NamedTuple):
+    """What a run draws of its own model to retain.
+
+    Attributes:
+        images: (M, C, H, W), as the denoiser encodes them.
+        labels: (M,), of a model with a condition.
+        alike: what looks like the forget images, retained or not; None of a model with a condition, and where there is
+            a single forget image or sample.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor | None
+    alike: OwnAlike | None
+
+
+def own_replay(
+    denoiser: Denoiser,
+    forget: torch.Tensor,
+    config: UnlearnConfig,
+    retained: Sequence[int] | None,
+    progress: str | None = None,
+) -> OwnReplay:
+    """Draw the model's own samples, and leave out what the options say of what looks like the forget images.
+
+    Args:
+        denoiser: its model as it was before, without dropout.
+        forget: (N_f, C, H, W), as the denoiser encodes them.
+        config: of the run, filled.
+        retained: the labels to draw in turn, of a model with a condition.
+        progress: the progress bar's title; without one there is none.
+    """
+    labels = None if retained is None else in_turn(retained, config.replay_size)
+    seeds, quantile, alike = replay_seeds(config.seed, config.replay_size), config.replay_keep_quantile, None
+    steps = config.replay_inference_steps
+    images = draw_replay(denoiser, seeds, num_inference_steps=steps, labels=labels, progress=progress)
+    if labels is not None and quantile == 1:
+        return OwnReplay(images, labels, None)
+    likeness, scores = own_likeness(denoiser, forget, images, labels, config.seed)
+    threshold = likeness.threshold(LIKE_QUANTILE if quantile is None else quantile)
+    # Processes may round apart, but must draw their batches from one set.
+    scores, threshold = broadcast_object_list([scores, threshold])
+    if labels is None and min(len(forget), len(images)) > 1:
+        alike = own_alike(likeness, scores, seeds, config.seed)
+    if quantile is None:
+        images = thin_forget_like(images, scores, threshold)
+    elif quantile < 1:
+        images, labels = drop_forget_like(images, labels, scores, threshold)
+    return OwnReplay(images, labels, alike)
 
 
 def replay_seeds(seed: int, num_images: int) -> list[int]:
@@ -49,6 +121,18 @@ def draw_replay(
             decode=False,
             progress=progress,
         )
+
+
+def own_alike(likeness: Likeness, scores: torch.Tensor, seeds: Sequence[int], noise_seed: int) -> OwnAlike:
+    """Those of an unconditional model's own samples that look like the forget images.
+
+    Args:
+        scores: (N,) of the samples, and
+        seeds: (N,), that each was drawn from.
+        noise_seed: of the likeness's features.
+    """
+    alike = (scores > likeness.threshold()).nonzero().flatten().tolist()
+    return OwnAlike(likeness, [seeds[i] for i in alike][:MAX_ALIKE], noise_seed)
 
 
 def drop_forget_like(

@@ -1,42 +1,25 @@
 """How strongly a learned adapter acts: what looked like the forget images, drawn again from the same noise."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from vdu_peft.adapter import variational_layers
 from vdu_peft.contexts import adapter_scale
 from vdu_peft.denoiser import Denoiser
-from vdu_peft.likeness import Likeness, likeness_features
-from vdu_peft.replay import draw_replay
+from vdu_peft.likeness import likeness_features
+from vdu_peft.replay import OwnAlike, draw_replay
 
 # Twice the delta is further than what was learned at its own scale can be trusted.
 SCALES = (1.0, 1.25, 1.5, 1.75, 2.0)
 # A stronger delta costs quality: it must make at least a third of what remains go. What stays either way only resembles
 # the forget images.
 STAYING = 2 / 3
-# Of fewer samples that look like the forget images nothing can be told, and of more than so many there is no need.
-MIN_ALIKE, MAX_ALIKE = 10, 200
+# Of fewer samples that look like the forget images nothing can be told.
+MIN_ALIKE = 10
 # So few that remain may be chance.
 FEW = 2
-
-
-@dataclass(frozen=True)
-class OwnAlike:
-    """The pre-trained model's own samples that look like the forget images, at most MAX_ALIKE of them.
-
-    Attributes:
-        likeness: what tells them.
-        seeds: that each was drawn from.
-        noise_seed: of the features' noise.
-    """
-
-    likeness: Likeness
-    seeds: list[int]
-    noise_seed: int
 
 
 @dataclass(frozen=True)
@@ -73,18 +56,6 @@ class Strength:
             f"of {self.num_alike} own samples that looked like the forget images {self.remaining} still do, drawn "
             f"again{scaled}"
         )
-
-
-def own_alike(likeness: Likeness, scores: torch.Tensor, seeds: Sequence[int], noise_seed: int) -> OwnAlike:
-    """Those of an unconditional model's own samples that look like the forget images.
-
-    Args:
-        scores: (N,) of the samples, and
-        seeds: (N,), that each was drawn from.
-        noise_seed: of the likeness's features.
-    """
-    alike = (scores > likeness.threshold()).nonzero().flatten().tolist()
-    return OwnAlike(likeness, [seeds[i] for i in alike][:MAX_ALIKE], noise_seed)
 
 
 def calibrate(

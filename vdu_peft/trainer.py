@@ -22,15 +22,14 @@ from vdu_peft.classes import Classes, check_labels, run_classes
 from vdu_peft.config import ConfigError, UnlearnConfig, VDUConfig
 from vdu_peft.contexts import adapter_scale, evaluating, posterior_noise
 from vdu_peft.data import ImageDataset
-from vdu_peft.denoiser import Denoiser, as_denoiser, in_turn
+from vdu_peft.denoiser import Denoiser, as_denoiser
 from vdu_peft.history import COLLAPSE, FAILED, WINDOW, collapsed, recent, run_status, steps_to_target, target_holds
 from vdu_peft.learning_rate import last_step, lr_factor
-from vdu_peft.likeness import LIKE_QUANTILE, own_likeness
 from vdu_peft.pixels import check_images
 from vdu_peft.precision import check_precision
 from vdu_peft.processes import check_processes
-from vdu_peft.replay import draw_replay, drop_forget_like, replay_seeds, thin_forget_like
-from vdu_peft.strength import OwnAlike, Strength, calibrate, own_alike, scale_delta
+from vdu_peft.replay import OwnAlike, own_replay
+from vdu_peft.strength import Strength, calibrate, scale_delta
 from vdu_peft.terms import loss_terms
 
 
@@ -148,27 +147,8 @@ def unlearn(
             history = load_checkpoint(output_dir, parameters, optimizer, options)
         if replay is None:
             with adapter_scale(denoiser.model, 0), evaluating(denoiser.model), accelerator.autocast():
-                replay_labels = in_turn(classes.retained, config.replay_size) if classes else None
-                seeds = replay_seeds(config.seed, config.replay_size)
-                drawn = draw_replay(
-                    denoiser,
-                    seeds,
-                    num_inference_steps=config.replay_inference_steps,
-                    labels=replay_labels,
-                    progress=None if bar_off else "replay",
-                )
-                replay, quantile = drawn, config.replay_keep_quantile
-                if classes is None or quantile < 1:
-                    likeness, scores = own_likeness(denoiser, forget, drawn, replay_labels, config.seed)
-                    threshold = likeness.threshold(LIKE_QUANTILE if quantile is None else quantile)
-                    # Processes may round apart, but must draw their batches from one set.
-                    scores, threshold = broadcast_object_list([scores, threshold])
-                if classes is None and min(len(forget), len(drawn)) > 1:
-                    own = own_alike(likeness, scores, seeds, config.seed)
-                if quantile is None:
-                    replay = thin_forget_like(drawn, scores, threshold)
-                elif quantile < 1:
-                    replay, replay_labels = drop_forget_like(drawn, replay_labels, scores, threshold)
+                retained, title = classes.retained if classes else None, None if bar_off else "replay"
+                replay, replay_labels, own = own_replay(denoiser, forget, config, retained, title)
         else:
             replay = denoiser.encode(replay)
     except BaseException:  # before the first step: the caller's model is as it was, and can be tried again
