@@ -16,7 +16,7 @@ ALLOWED = {
     "metrics": set(),
     "pixels": set(),
     "data": {"pixels"},
-    "judge": set(),
+    "judge": {"pixels"},
     "schedule": set(),
     "model_folder": {"schedule"},
     "denoiser": {"model_folder", "schedule"},

@@ -1,6 +1,7 @@
 """``vdu-peft sample`` and ``vdu-peft evaluate``: draw with the adapter off and on, and show or measure it."""
 
 import argparse
+import logging
 from importlib.util import find_spec
 
 import torch
@@ -10,15 +11,17 @@ from vdu_peft.adapter import load_adapter
 from vdu_peft.config import ConfigError
 from vdu_peft.contexts import adapter_scale
 from vdu_peft.data import ImageSource
-from vdu_peft.denoiser import Denoiser
+from vdu_peft.denoiser import Denoiser, best_device
 from vdu_peft.evaluation import check_evaluation, evaluate, held_out_loss_gap, labelled_grids
 from vdu_peft.export import DTYPES
-from vdu_peft.judge import AttributeJudge, Judge
+from vdu_peft.judge import AttributeJudge, Judge, open_judge
 from vdu_peft.likeness_evaluation import evaluate_likeness
 from vdu_peft.prompt_file import Target, check_sizes, read_prompt_file, seeded
 from vdu_peft.text_denoiser import TextDenoiser, open_denoiser
 from vdu_peft.text_evaluation import MIN_FID_IMAGES, draw_and_look, evaluate_prompts, shown_places
 from vdu_peft.text_judges import Judges, load_clip
+
+logger = logging.getLogger(__name__)
 
 
 def run_sample(args: argparse.Namespace) -> int:
@@ -112,14 +115,15 @@ def _evaluate_class(args: argparse.Namespace) -> int:
                 "models prompts"
             )
     _check_samples(args)
-    judge = Judge.from_file(args.judge)
+    judge = open_judge(args.judge, best_device())
     if not 0 <= args.forget_class < judge.num_classes:
         raise ConfigError(f"forget_class must lie in 0 to {judge.num_classes - 1}, the judge's classes")
     denoiser = Denoiser.from_pretrained(args.model)
     source = ImageSource(
         args.reference, split=args.dataset_split, image_column=args.image_column, label_column=args.label_column
     )
-    if (denoiser.image_size, denoiser.channels) != (judge.image_size, judge.channels):
+    drawn = (denoiser.image_size, denoiser.channels)
+    if isinstance(judge, Judge) and drawn != (judge.image_size, judge.channels):
         raise ConfigError(
             f"judge: takes {judge.channels} x {judge.image_size[0]} x {judge.image_size[1]} images, "
             f"{args.model} draws {denoiser.channels} x {denoiser.image_size[0]} x {denoiser.image_size[1]}"
@@ -128,6 +132,13 @@ def _evaluate_class(args: argparse.Namespace) -> int:
     retained = int((labels != args.forget_class).sum())
     if retained < 100:
         raise ConfigError(f"reference: {retained} images without the forget class are too few for a u-FID; give 100")
+    if (count := min(args.num_samples, retained)) <= judge.num_features:
+        logger.warning(
+            "u-FID: on %d features it is far too high from %d images; compare it only at the same numbers, or go by "
+            "the KID",
+            judge.num_features,
+            count,
+        )
     denoiser.model = load_adapter(denoiser.to_best_device().model, args.adapter).get_base_model()
     sampling = {"seed": args.seed, "num_inference_steps": args.num_inference_steps}
     if denoiser.num_classes:

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from vdu_peft.config import ConfigError
 from vdu_peft.denoiser import Denoiser
-from vdu_peft.judge import Judge
+from vdu_peft.judge import Judge, PretrainedJudge
 from vdu_peft.metrics import (
     class_shares,
     frechet_distance,
@@ -33,6 +33,8 @@ LOSS_IMAGES, LOSS_TIMESTEPS = 100, 5
 SMOOTHED = 20
 # Of samples, for a Fréchet distance on the 64 features of a judge.
 MIN_SAMPLES = 100
+# More are not shown side by side.
+SHOWN_CLASSES = 12
 
 
 def check_evaluation(num_samples: int = MIN_SAMPLES) -> None:
@@ -83,6 +85,13 @@ class Report:
     loss_gap_before: float
     loss_gap_after: float
 
+    @property
+    def shown_classes(self) -> list[int]:
+        """All, or where there are many the forgotten one and those that are drawn most, before or after."""
+        most = [max(pair) for pair in zip(self.histogram_before, self.histogram_after, strict=True)]
+        most[self.forget_class] = math.inf
+        return sorted(sorted(range(len(most)), key=lambda c: -most[c])[:SHOWN_CLASSES])
+
     def lines(self) -> list[str]:
         """The report for a person to read."""
         low, high = self.pul_interval
@@ -95,10 +104,10 @@ class Report:
             f"{self.loss_gap_after:+.4f}",
             f"precision {self.precision:.2f}, recall {self.recall:.2f}; "
             f"retained classes moved by {self.retained_distance:.3f} (total variation)",
-            "class   " + "".join(f"{c:>7}" for c in range(len(self.histogram_before))),
+            "class   " + "".join(f"{c:>7}" for c in self.shown_classes),
         ]
         for title, shares in (("before", self.histogram_before), ("after", self.histogram_after)):
-            rows.append(f"{title:<8}" + "".join(f"{share:>7.1%}" for share in shares))
+            rows.append(f"{title:<8}" + "".join(f"{shares[c]:>7.1%}" for c in self.shown_classes))
         return rows
 
     def save(self, folder: Path, samples: dict[str, torch.Tensor], **context) -> None:
@@ -131,7 +140,7 @@ def _finite(value):
 def evaluate(
     before: torch.Tensor,
     after: torch.Tensor,
-    judge: Judge,
+    judge: Judge | PretrainedJudge,
     forget_class: int,
     reference: torch.Tensor,
     reference_labels: torch.Tensor,
@@ -240,15 +249,17 @@ def labelled_grids(panels: dict[str, torch.Tensor], columns: int = 10, numbered:
 
 
 def histogram_plot(report: Report, file: Path) -> None:
-    """Share of every class before and after."""
+    """Share of every class that is shown, before and after."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.subplots()
-    classes = np.arange(len(report.histogram_before))
-    axes.bar(classes - 0.2, report.histogram_before, 0.4, label="before")
-    axes.bar(classes + 0.2, report.histogram_after, 0.4, label=f"after forgetting {report.forget_class}")
-    axes.set(xlabel="class", ylabel="share of samples", xticks=classes)
+    shown = report.shown_classes
+    places = np.arange(len(shown))
+    axes.bar(places - 0.2, [report.histogram_before[c] for c in shown], 0.4, label="before")
+    after = [report.histogram_after[c] for c in shown]
+    axes.bar(places + 0.2, after, 0.4, label=f"after forgetting {report.forget_class}")
+    axes.set(xlabel="class", ylabel="share of samples", xticks=places, xticklabels=shown)
     figure.legend(loc="outside upper center", ncols=2)  # over the axes, where it hides no bar
     figure.savefig(file, dpi=100)
 

@@ -9,6 +9,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from vdu_peft.pixels import to_pixels
+
 
 class JudgeError(ValueError):
     """A judge that cannot be loaded; the message names the file and the mend."""
@@ -60,6 +62,79 @@ class Judge(nn.Module):
         except (OSError, SafetensorError, RuntimeError) as error:
             raise JudgeError(f"{file}: not the weights of a judge ({str(error).splitlines()[0]})") from error
         return judge.eval()
+
+
+class PretrainedJudge(nn.Module):
+    """An image classifier of transformers, which sees images of any size as its own processor prepares them.
+
+    Its features are what its last linear layer reads, (N, F).
+
+    Args:
+        model: of ``AutoModelForImageClassification``.
+        processor: its image processor.
+
+    Raises:
+        JudgeError: no linear layer gives the model's classes.
+    """
+
+    def __init__(self, model: nn.Module, processor):
+        super().__init__()
+        self.model, self.processor = model.eval(), processor
+        self.num_classes = model.config.num_labels
+        layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == self.num_classes]
+        if not layers:
+            raise JudgeError(f"{type(model).__name__}: no linear layer gives its {self.num_classes} classes")
+        self.head = layers[-1]
+        self.num_features = self.head.in_features
+
+    @torch.no_grad()
+    def judge(self, images: torch.Tensor, batch_size: int = 50) -> tuple[torch.Tensor, torch.Tensor]:
+        """(features (N, F), labels (N,) int64), both on the CPU, of images (N, 1 or 3, H, W) in [-1, 1]."""
+        features, labels = [], []
+        hook = self.head.register_forward_pre_hook(lambda head, inputs: features.append(inputs[0].float().cpu()))
+        try:
+            for batch in images.split(batch_size):
+                pixels = list(to_pixels(batch).expand(-1, getattr(self.model.config, "num_channels", 3), -1, -1))
+                inputs = self.processor(images=pixels, input_data_format="channels_first", return_tensors="pt")
+                labels.append(self.model(**inputs.to(self.head.weight.device)).logits.argmax(1).cpu())
+        finally:
+            hook.remove()
+        return torch.cat(features), torch.cat(labels)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str) -> "PretrainedJudge":
+        """Of a folder or hub id, such as ``microsoft/resnet-50``; safetensors only.
+
+        Raises:
+            JudgeError: it cannot be loaded, or is no classifier with all its weights.
+        """
+        from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+        try:
+            model, loaded = AutoModelForImageClassification.from_pretrained(
+                name_or_path, use_safetensors=True, output_loading_info=True
+            )
+            processor = AutoImageProcessor.from_pretrained(name_or_path)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise JudgeError(f"{name_or_path}: cannot be loaded as an image classifier ({reason})") from error
+        if missing := loaded["missing_keys"] | loaded["mismatched_keys"]:
+            raise JudgeError(f"{name_or_path}: not a trained classifier; its weights lack {min(missing)}")
+        return cls(model, processor)
+
+
+def open_judge(name_or_path: str, device: torch.device) -> Judge | PretrainedJudge:
+    """A judge of classes: a safetensors file of ours, else a folder or hub id of transformers.
+
+    Args:
+        device: where the latter computes; ours are small.
+
+    Raises:
+        JudgeError: it cannot be loaded.
+    """
+    if name_or_path.endswith(".safetensors") or Path(name_or_path).is_file():
+        return Judge.from_file(name_or_path)
+    return PretrainedJudge.from_pretrained(name_or_path).to(device)
 
 
 class AttributeJudge(nn.Module):

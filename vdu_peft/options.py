@@ -172,8 +172,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     sub.add_argument("--forget_label", nargs="+", default=[], help="keep only images that the data set labels so")
     sub.add_argument(
         "--judge",
-        type=Path,
-        help="safetensors of a classifier, see examples/train_judge.py, or train_attribute_judge.py for prompts",
+        help="an image classifier of transformers (folder or hub id, such as microsoft/resnet-50), or a file that "
+        "examples/train_judge.py, for prompts train_attribute_judge.py, writes",
     )
     sub.add_argument(
         "--reference", help="real images: with labels, of all classes; for prompts without labels or the target"
