@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import saved_adapter
+from conftest import saved_adapter, tiny_unet
+from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 from transformers import (
     BitImageProcessor,
@@ -31,7 +32,7 @@ NUM_CLASSES = 20
 def saved_resnet(folder, num_channels: int = 3):
     """A tiny random classifier that sees images at 16 x 16, normalised."""
     torch.manual_seed(0)
-    options = {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1], "layer_type": "basic"}
+    options = {"embedding_size": 8, "hidden_sizes": [8, 120], "depths": [1, 1], "layer_type": "basic"}
     config = ResNetConfig(num_channels=num_channels, num_labels=NUM_CLASSES, **options)
     model = ResNetForImageClassification(config).eval()
     model.save_pretrained(folder)
@@ -74,8 +75,10 @@ def number(kind: dict) -> int:
     return int(kind["label"].removeprefix("LABEL_"))
 
 
-def test_a_classifier_of_one_channel(tmp_path):
-    judge = PretrainedJudge.from_pretrained(str(saved_resnet(tmp_path / "judge", num_channels=1)))
+def test_a_classifier_of_one_channel_in_half_precision(tmp_path):
+    folder = saved_resnet(tmp_path / "judge", num_channels=1)
+    ResNetForImageClassification.from_pretrained(folder).half().save_pretrained(folder)
+    judge = PretrainedJudge.from_pretrained(str(folder))
     features, labels = judge.judge(torch.zeros(2, 1, 8, 8))
     assert features.shape == (2, judge.num_features) and labels.shape == (2,)
 
@@ -123,9 +126,14 @@ def test_a_forgotten_class_is_measured_with_a_pretrained_judge(pipeline_folder, 
     evaluate += [f"--output_dir={tmp_path / 'report'}", "--num_inference_steps=2", "--num_samples=100"]
     assert main([*evaluate, f"--judge={folder}", f"--forget_class={NUM_CLASSES}"]) == 2
     assert f"forget_class must lie in 0 to {NUM_CLASSES - 1}" in capsys.readouterr().err
+    color = tmp_path / "color"
+    DDPMPipeline(tiny_unet(channels=3), DDPMScheduler()).save_pretrained(color)
+    gray = saved_resnet(tmp_path / "gray", num_channels=1)
+    assert main([*evaluate, f"--model={color}", f"--judge={gray}", "--forget_class=3"]) == 2
+    assert "judge: takes 1 channels" in capsys.readouterr().err
     assert main([*evaluate, f"--judge={folder}", "--forget_class=3"]) == 0
     assert "share of 3: " in capsys.readouterr().out
-    assert "far too high" not in caplog.text
+    assert "u-FID: on 120 features it is far too high from 100 images" in caplog.text
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["judge"] == str(folder) and len(report["histogram_after"]) == NUM_CLASSES
     assert sum(report["histogram_after"]) == pytest.approx(1)

@@ -14,7 +14,7 @@ from vdu_peft.data import ImageSource
 from vdu_peft.denoiser import Denoiser, best_device
 from vdu_peft.evaluation import check_evaluation, evaluate, held_out_loss_gap, labelled_grids
 from vdu_peft.export import DTYPES
-from vdu_peft.judge import AttributeJudge, Judge, open_judge
+from vdu_peft.judge import AttributeJudge, PretrainedJudge, open_judge
 from vdu_peft.likeness_evaluation import evaluate_likeness
 from vdu_peft.prompt_file import Target, check_sizes, read_prompt_file, seeded
 from vdu_peft.text_denoiser import TextDenoiser, open_denoiser
@@ -122,8 +122,10 @@ def _evaluate_class(args: argparse.Namespace) -> int:
     source = ImageSource(
         args.reference, split=args.dataset_split, image_column=args.image_column, label_column=args.label_column
     )
-    drawn = (denoiser.image_size, denoiser.channels)
-    if isinstance(judge, Judge) and drawn != (judge.image_size, judge.channels):
+    if isinstance(judge, PretrainedJudge):
+        if denoiser.channels not in (1, judge.channels):
+            raise ConfigError(f"judge: takes {judge.channels} channels, {args.model} draws {denoiser.channels}")
+    elif (denoiser.image_size, denoiser.channels) != (judge.image_size, judge.channels):
         raise ConfigError(
             f"judge: takes {judge.channels} x {judge.image_size[0]} x {judge.image_size[1]} images, "
             f"{args.model} draws {denoiser.channels} x {denoiser.image_size[0]} x {denoiser.image_size[1]}"

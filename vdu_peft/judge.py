@@ -79,8 +79,9 @@ class PretrainedJudge(nn.Module):
 
     def __init__(self, model: nn.Module, processor):
         super().__init__()
-        self.model, self.processor = model.eval(), processor
+        self.model, self.processor = model.float().eval(), processor
         self.num_classes = model.config.num_labels
+        self.channels = getattr(model.config, "num_channels", 3)
         layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == self.num_classes]
         if not layers:
             raise JudgeError(f"{type(model).__name__}: no linear layer gives its {self.num_classes} classes")
@@ -89,12 +90,15 @@ class PretrainedJudge(nn.Module):
 
     @torch.no_grad()
     def judge(self, images: torch.Tensor, batch_size: int = 50) -> tuple[torch.Tensor, torch.Tensor]:
-        """(features (N, F), labels (N,) int64), both on the CPU, of images (N, 1 or 3, H, W) in [-1, 1]."""
+        """(features (N, F), labels (N,) int64), both on the CPU, of images (N, C, H, W) in [-1, 1].
+
+        C is 1, gray, or what the classifier was trained on.
+        """
         features, labels = [], []
         hook = self.head.register_forward_pre_hook(lambda head, inputs: features.append(inputs[0].float().cpu()))
         try:
             for batch in images.split(batch_size):
-                pixels = list(to_pixels(batch).expand(-1, getattr(self.model.config, "num_channels", 3), -1, -1))
+                pixels = list(to_pixels(batch).expand(-1, self.channels, -1, -1))
                 inputs = self.processor(images=pixels, input_data_format="channels_first", return_tensors="pt")
                 labels.append(self.model(**inputs.to(self.head.weight.device)).logits.argmax(1).cpu())
         finally:
