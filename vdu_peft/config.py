@@ -238,7 +238,7 @@ class UnlearnConfig:
     replay_size: int | None = None
     replay_inference_steps: int = 25
     replay_keep_quantile: float | None = None
-    forget_tolerance: float = 0.025
+    forget_tolerance: float = 0.1
     early_stopping: bool = True
     checkpointing_steps: int = 0
     report_to: str | None = None

@@ -89,7 +89,7 @@ def calibrate(
             images = draw_replay(denoiser, own.seeds, num_inference_steps=num_inference_steps, progress=title)
         with adapter_scale(denoiser.model, 0):
             features = likeness_features(denoiser, images, own.noise_seed)
-        return Strength(scale, len(own.seeds), int(own.likeness.alike(features).sum()), tolerance)
+        return Strength(scale, len(own.seeds), int(own.likeness.still_alike(features).sum()), tolerance)
 
     best = at(SCALES[0])
     for scale in SCALES[1:]:
