@@ -60,6 +60,36 @@ def test_what_is_no_number_is_not_taken_for_forgotten():
     assert likeness.alike(torch.tensor([[0.4], [0.6], [float("nan")]])).tolist() == [False, True, True]
 
 
+@pytest.mark.parametrize(("lowest", "expected"), [(0.5, [False, True, True]), (-0.5, [True, True, True])])
+def test_what_is_drawn_less_plainly_is_still_there(lowest, expected):
+    """Still alike: nearer to the forget images than to other samples, or as near as they are to each other."""
+    likeness = Likeness(lambda x: x[:, 0].double(), torch.tensor([lowest, lowest]).double())
+    assert likeness.still_alike(torch.tensor([[-0.1], [0.1], [float("nan")]])).tolist() == expected
+    plain, less, other, less_still = 0.6, 0.2, -0.6, -0.3
+    before = torch.tensor([plain, plain, plain, less, other, plain])[:, None]
+    after = torch.tensor([plain, less, other, less, plain, less_still])[:, None]
+    if lowest > 0:  # a less plain one counts where a plain one was
+        assert likeness.left(before, after).tolist() == [True, True, False, False, True, False]
+    else:
+        assert likeness.left(before, after).tolist() == [True, True, False, True, True, True]
+
+
+@pytest.mark.parametrize("num_classes", [None, 3])
+def test_features_are_means_of_quarters_or_under_a_label_of_the_whole(num_classes):
+    denoiser = Denoiser(tiny_unet(num_class_embeds=num_classes), DDPMScheduler())
+    images = torch.rand(3, 1, 8, 8) * 2 - 1
+    maps = []
+    hook = denoiser.model.mid_block.register_forward_hook(lambda _, __, out: maps.append(out))
+    features = denoiser.features(images, [100, 500], seed=0, class_label=num_classes and 1)
+    hook.remove()
+    expected = []
+    for out in maps:  # (3, 16, 4, 4)
+        blocks = out.reshape(3, 16, 2, 2, 2, 2).mean((3, 5))
+        expected.append(blocks.flatten(1) if num_classes is None else out.mean((2, 3)))
+    assert len(maps) == 2 and features.shape == (3, 2 * 16 * (4 if num_classes is None else 1))
+    torch.testing.assert_close(features, torch.cat(expected, dim=1))
+
+
 @pytest.mark.parametrize("delta", [0.0, -200.0])
 def test_samples_of_the_forgotten_kind_are_counted(two_kinds, delta):
     denoiser, forget = two_kinds

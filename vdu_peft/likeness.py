@@ -95,6 +95,14 @@ class Likeness:
         """
         return ~(self.scorer(features) <= min(self.threshold(), 0.0))
 
+    def left(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        """(N,) bool: which samples of an adapted model show what is to be forgotten.
+
+        Args:
+            before, after: features (N, F) of samples with the adapter off and on, from the same starting noise.
+        """
+        return self.alike(after) | (self.alike(before) & self.still_alike(after))
+
 
 def own_likeness(
     denoiser: Denoiser, forget: torch.Tensor, samples: torch.Tensor, labels: torch.Tensor | None, seed: int

@@ -94,7 +94,7 @@ def evaluate_likeness(
         before, others = draw("adapter off", seed), draw("to compare with", seed + 1)
         features = [likeness_features(denoiser, x, seed, class_label) for x in (encoded, others, before, after)]
     likeness, _ = held_out_likeness(*features[:2])
-    counts = [int(likeness.alike(x).sum()) for x in features[2:]]
+    counts = [int(likeness.alike(features[2]).sum()), int(likeness.left(*features[2:]).sum())]
     if counts[0] < MIN_LIKE:
         logger.warning(
             "%d of %d samples of the base itself look like the forget images: too few to tell how many are forgotten. "
