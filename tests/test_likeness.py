@@ -62,10 +62,10 @@ def test_what_is_no_number_is_not_taken_for_forgotten():
 
 @pytest.mark.parametrize(("lowest", "expected"), [(0.5, [False, True, True]), (-0.5, [True, True, True])])
 def test_what_is_drawn_less_plainly_is_still_there(lowest, expected):
-    """Still alike: nearer to the forget images than to other samples, or as near as they are to each other."""
+    """Still alike: above half of the log-odds that a plain one exceeds, where those are positive."""
     likeness = Likeness(lambda x: x[:, 0].double(), torch.tensor([lowest, lowest]).double())
-    assert likeness.still_alike(torch.tensor([[-0.1], [0.1], [float("nan")]])).tolist() == expected
-    plain, less, other, less_still = 0.6, 0.2, -0.6, -0.3
+    assert likeness.still_alike(torch.tensor([[0.2], [0.3], [float("nan")]])).tolist() == expected
+    plain, less, other, less_still = 0.6, 0.3, -0.6, -0.3
     before = torch.tensor([plain, plain, plain, less, other, plain])[:, None]
     after = torch.tensor([plain, less, other, less, plain, less_still])[:, None]
     if lowest > 0:  # a less plain one counts where a plain one was

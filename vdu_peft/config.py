@@ -206,11 +206,10 @@ class UnlearnConfig:
             concept's own share among them, but no more of that than a tenth of all: it weighs against the forget
             images as in the loss of a model trained without those, and at a greater share too little is forgotten. 0.05
             for a model with a condition, where the concept must not be held under other conditions.
-        forget_tolerance: of the model's own samples that look like the forget images, the share that may still be
-            nearer to them than to other samples when the adapter draws them again (two always may; of digits that are
-            gone a tenth may seem to be, such as a 4 of a 9). While more are, the delta is scaled up, to twice at most
-            and only as far as that helps; 1 leaves it as it was learned. Not looked at with fewer than ten such
-            samples, a single forget image, given replay, or a condition.
+        forget_tolerance: of the model's own samples that look like the forget images, the share that may still do so,
+            if less plainly, when the adapter draws them again (two always may). While more do, the delta is scaled up,
+            to twice at most and only as far as that helps; 1 leaves it as it was learned. Not looked at with fewer than
+            ten such samples, a single forget image, given replay, or a condition.
         early_stopping: once the forget target holds, let the learning rate fall to 0 over a fifth of
             ``max_train_steps`` and stop; not where a class or prompt is redirected, which has no target value.
         checkpointing_steps: save every so many steps; 0 never.
@@ -238,7 +237,7 @@ class UnlearnConfig:
     replay_size: int | None = None
     replay_inference_steps: int = 25
     replay_keep_quantile: float | None = None
-    forget_tolerance: float = 0.1
+    forget_tolerance: float = 0.05
     early_stopping: bool = True
     checkpointing_steps: int = 0
     report_to: str | None = None

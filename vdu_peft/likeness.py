@@ -89,11 +89,11 @@ class Likeness:
     def still_alike(self, features: torch.Tensor) -> torch.Tensor:
         """(N,) bool, of what looked like the forget images and was drawn again with an adapter on.
 
-        Whether it is still nearer to them than to the model's own samples (log-odds above 0), if no longer as near as
-        they are to each other: a concept that is half forgotten is drawn less plainly, not less often. (Of 62 ones
-        drawn again a judge saw 14, ``alike`` 1, this 16, and 13 of the judge's; digits of 16 x 16.)
+        Whether it still scores above half of the threshold, as log-odds, which are 0 between the forget images and the
+        model's own samples: a concept that is half forgotten is drawn less plainly, not less often. (Of 62 ones drawn
+        again a judge saw 14, ``alike`` 1 and this 13, all of them the judge's; digits of 16 x 16.)
         """
-        return ~(self.scorer(features) <= min(self.threshold(), 0.0))
+        return ~(self.scorer(features) <= min(self.threshold(), self.threshold() / 2))
 
     def left(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
         """(N,) bool: which samples of an adapted model show what is to be forgotten.
