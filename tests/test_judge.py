@@ -11,6 +11,9 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 from transformers import (
     BitImageProcessor,
+    DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
+    DeiTImageProcessor,
     PretrainedConfig,
     ResNetConfig,
     ResNetForImageClassification,
@@ -84,7 +87,7 @@ def test_a_classifier_of_one_channel_in_half_precision(tmp_path):
 
 
 def test_what_is_no_trained_classifier_is_refused(tmp_path):
-    with pytest.raises(JudgeError, match="cannot be loaded as an image classifier"):
+    with pytest.raises(JudgeError, match="cannot be used as an image classifier"):
         open_judge(str(tmp_path / "nowhere"), torch.device("cpu"))
     with pytest.raises(JudgeError, match="not the weights of a judge"):
         open_judge(str(tmp_path / "nowhere.safetensors"), torch.device("cpu"))
@@ -92,6 +95,15 @@ def test_what_is_no_trained_classifier_is_refused(tmp_path):
     ResNetModel(ResNetConfig.from_pretrained(folder)).save_pretrained(folder)
     with pytest.raises(JudgeError, match="not a trained classifier; its weights lack classifier"):
         open_judge(str(folder), torch.device("cpu"))
+    size = {"image_size": 16, "patch_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    two = tmp_path / "two"
+    DeiTForImageClassificationWithTeacher(DeiTConfig(num_hidden_layers=1, num_labels=4, **size)).save_pretrained(two)
+    DeiTImageProcessor(size={"height": 16, "width": 16}, do_center_crop=False).save_pretrained(two)
+    judge = PretrainedJudge(
+        DeiTForImageClassificationWithTeacher.from_pretrained(two), DeiTImageProcessor.from_pretrained(two)
+    )
+    with pytest.raises(JudgeError, match="its classes are not one linear layer's output"):
+        judge.judge(torch.zeros(1, 3, 8, 8))
     convolutional = torch.nn.Conv2d(3, 4, 1)
     convolutional.config = PretrainedConfig(num_labels=4)
     with pytest.raises(JudgeError, match="no linear layer gives its 4 classes"):
@@ -108,7 +120,7 @@ def test_of_many_classes_the_forgotten_one_and_those_drawn_most_are_shown(tmp_pa
     report = Report(**figures | histograms | {"forget_class": 7})
     shown = [7, *range(105, 115), 999]
     assert report.shown_classes == shown
-    assert report.lines()[-3].split() == ["class", *map(str, shown)]
+    assert report.lines()[-3].split() == ["class", *map(str, shown), "(of", "1000", "classes)"]
     histogram_plot(report, tmp_path / "histogram.png")
     assert Image.open(tmp_path / "histogram.png").width == 600
     ten = Report(**figures | {"histogram_before": [0.1] * 10, "histogram_after": [0.1] * 10, "forget_class": 3})
@@ -133,7 +145,17 @@ def test_a_forgotten_class_is_measured_with_a_pretrained_judge(pipeline_folder, 
     assert "judge: takes 1 channels" in capsys.readouterr().err
     assert main([*evaluate, f"--judge={folder}", "--forget_class=3"]) == 0
     assert "share of 3: " in capsys.readouterr().out
-    assert "u-FID: on 120 features it is far too high from 100 images" in caplog.text
+    assert "u-FID: on 120 features it is too high from 100 images" in caplog.text
+    assert "judge: gives only" in caplog.text
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["judge"] == str(folder) and len(report["histogram_after"]) == NUM_CLASSES
     assert sum(report["histogram_after"]) == pytest.approx(1)
+    # Of the classes that the judge sees itself it is right.
+    pixels = torch.from_numpy(images)[:, None] / 127.5 - 1
+    seen = PretrainedJudge.from_pretrained(str(folder)).judge(pixels)[1]
+    np.savez(tmp_path / "test.npz", images=images, labels=seen.numpy())
+    caplog.clear()
+    other = (int(seen[0]) + 1) % NUM_CLASSES
+    assert main([*evaluate, f"--judge={folder}", f"--forget_class={other}", "--overwrite"]) == 0
+    assert "judge: gives only" not in caplog.text
+    assert json.loads((tmp_path / "report" / "report.json").read_text())["judge_accuracy"] == 1

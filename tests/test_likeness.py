@@ -6,11 +6,15 @@ from conftest import is_first, tiny_unet
 from diffusers import DDPMScheduler
 from PIL import Image
 
+from vdu_peft import likeness_evaluation
+from vdu_peft import strength as strength_module
 from vdu_peft.adapter import attach
 from vdu_peft.config import VDUConfig
-from vdu_peft.denoiser import Denoiser
+from vdu_peft.denoiser import Denoiser, image_seeds
 from vdu_peft.likeness import Likeness, forget_scorer, held_out_likeness
 from vdu_peft.likeness_evaluation import LikenessReport, evaluate_likeness
+from vdu_peft.replay import OwnAlike
+from vdu_peft.strength import calibrate
 
 
 def test_forget_scores_find_the_forget_concept_among_samples():
@@ -65,6 +69,7 @@ def test_what_is_drawn_less_plainly_is_still_there(lowest, expected):
     """Still alike: above half of the log-odds that a plain one exceeds, where those are positive."""
     likeness = Likeness(lambda x: x[:, 0].double(), torch.tensor([lowest, lowest]).double())
     assert likeness.still_alike(torch.tensor([[0.2], [0.3], [float("nan")]])).tolist() == expected
+    assert likeness.still_alike(torch.tensor([[-0.4], [-0.6]])).tolist() == [lowest < 0, False]
     plain, less, other, less_still = 0.6, 0.3, -0.6, -0.3
     before = torch.tensor([plain, plain, plain, less, other, plain])[:, None]
     after = torch.tensor([plain, less, other, less, plain, less_still])[:, None]
@@ -72,6 +77,32 @@ def test_what_is_drawn_less_plainly_is_still_there(lowest, expected):
         assert likeness.left(before, after).tolist() == [True, True, False, False, True, False]
     else:
         assert likeness.left(before, after).tolist() == [True, True, False, True, True, True]
+
+
+def test_what_an_adapter_leaves_less_plain_is_counted(two_kinds, monkeypatch):
+    """By a likeness to which the second kind, which the adapter draws in place of the first, is a less plain first."""
+    denoiser, forget = two_kinds
+    attach(denoiser.model, VDUConfig(target_modules=["odds"], r=1, lora_alpha=1))
+    layer = denoiser.model.odds
+    layer.lora_A["default"].weight.data.fill_(1)
+    layer.lora_B["default"].weight.data.fill_(-200)
+
+    def likeness(second: float) -> Likeness:
+        return Likeness(lambda x: torch.where(x[:, 0] > 0, 1.0, second).double(), torch.full((2,), 0.9).double())
+
+    def corner(denoiser, images, *_):
+        return images[:, 0, :4, :4].mean((1, 2))[:, None]
+
+    monkeypatch.setattr(likeness_evaluation, "likeness_features", corner)
+    monkeypatch.setattr(strength_module, "likeness_features", corner)
+    for second, all_left in ((0.6, True), (0.3, False)):
+        monkeypatch.setattr(likeness_evaluation, "held_out_likeness", lambda *_, s=second: (likeness(s), None))
+        report, _ = evaluate_likeness(denoiser, forget, num_samples=60, num_inference_steps=20, seed=3)
+        assert report.share_before > 0.3
+        assert report.share_after == (report.share_before if all_left else 0)
+        own = OwnAlike(likeness(second), image_seeds(3, 40), noise_seed=0)
+        left = calibrate(denoiser, own, tolerance=0.0, max_scale=1.0, num_inference_steps=20)
+        assert left.remaining == (40 if all_left else 0)
 
 
 @pytest.mark.parametrize("num_classes", [None, 3])

@@ -22,6 +22,8 @@ from vdu_peft.text_evaluation import MIN_FID_IMAGES, draw_and_look, evaluate_pro
 from vdu_peft.text_judges import Judges, load_clip
 
 logger = logging.getLogger(__name__)
+# Reference images on which it is looked whether the judge knows their classes.
+JUDGE_PROBE = 200
 
 
 def run_sample(args: argparse.Namespace) -> int:
@@ -134,12 +136,20 @@ def _evaluate_class(args: argparse.Namespace) -> int:
     retained = int((labels != args.forget_class).sum())
     if retained < 100:
         raise ConfigError(f"reference: {retained} images without the forget class are too few for a u-FID; give 100")
-    if (count := min(args.num_samples, retained)) <= judge.num_features:
+    if (count := min(args.num_samples, retained)) < 10 * judge.num_features:
         logger.warning(
-            "u-FID: on %d features it is far too high from %d images; compare it only at the same numbers, or go by "
-            "the KID",
+            "u-FID: on %d features it is too high from %d images; compare it only at the same numbers, or go by the "
+            "KID",
             judge.num_features,
             count,
+        )
+    probe = slice(None, None, -(-len(reference) // JUDGE_PROBE))
+    accuracy = (judge.judge(reference[probe])[1] == labels[probe]).double().mean().item()
+    if accuracy < 0.5:
+        logger.warning(
+            "judge: gives only %.0f %% of the reference's images their label; it cannot tell them, or its class "
+            "numbers are not the reference's",
+            100 * accuracy,
         )
     denoiser.model = load_adapter(denoiser.to_best_device().model, args.adapter).get_base_model()
     sampling = {"seed": args.seed, "num_inference_steps": args.num_inference_steps}
@@ -152,7 +162,8 @@ def _evaluate_class(args: argparse.Namespace) -> int:
     gaps = (gap_before, held_out_loss_gap(denoiser, *held_out))
     after = denoiser.sample(args.num_samples, progress="adapter on", **sampling)
     report = evaluate(before, after, judge, args.forget_class, reference, labels, gaps)
-    report.save(args.output_dir, {"adapter off": before, "adapter on": after}, **_context(args, "judge", "reference"))
+    context = _context(args, "judge", "reference") | {"judge_accuracy": accuracy}
+    report.save(args.output_dir, {"adapter off": before, "adapter on": after}, **context)
     print("\n".join(report.lines()))
     return 0
 

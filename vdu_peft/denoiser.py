@@ -273,9 +273,9 @@ class Denoiser:
         The mid block's channel means at each timestep, or the middle transformer block's; of a network with neither,
         its predicted noise pooled to 4 x 4. One fixed noise serves all images, so that it cancels between them. A
         class-conditional network sees them all under the one ``class_label``, for the same reason. Without a label the
-        mid block's means are those of the image's four quarters, which tell much more: of a model's own samples that
-        were found to be like a 3, a 5 and a 9 they were right in 92, 95 and 66 %, in place of 63, 61 and 50 (digits of
-        16 x 16). Where a condition tells most of it, and few images the rest, they tell too little.
+        mid block's means are those of the image's four quarters (which overlap where a side is odd), and tell much
+        more: of a model's own samples that were found to be like a 3, a 5 and a 9, 92, 95 and 66 % were, in place of
+        63, 61 and 50 (digits of 16 x 16). With a condition, and its one regression, they found too little.
 
         Returns:
             float32 (N, F) on the CPU.
@@ -304,7 +304,10 @@ class Denoiser:
     def _middle(self, grid: int):
         """The network's innermost block, and how its output becomes (N, F): a map's channels by ``grid`` x ``grid``."""
         if isinstance(self.model, ModelMixin) and hasattr(self.model, "mid_block"):
-            return self.model.mid_block, lambda out: nn.functional.adaptive_avg_pool2d(out, grid).flatten(1)
+            pool = nn.AdaptiveAvgPool2d(grid)
+            return self.model.mid_block, lambda out: pool(out.float().cpu()).flatten(
+                1
+            )  # MPS has it for some sizes alone
         if isinstance(self.model, (FluxTransformer2DModel, SD3Transformer2DModel)):
             # Their joint blocks give (text, image tokens (N, L, C)).
             return self.model.transformer_blocks[len(self.model.transformer_blocks) // 2], lambda out: out[1].mean(1)

@@ -92,6 +92,11 @@ class Report:
         most[self.forget_class] = math.inf
         return sorted(sorted(range(len(most)), key=lambda c: -most[c])[:SHOWN_CLASSES])
 
+    @property
+    def _left_out(self) -> str:
+        count = len(self.histogram_before)
+        return f"  (of {count} classes)" if count > SHOWN_CLASSES else ""
+
     def lines(self) -> list[str]:
         """The report for a person to read."""
         low, high = self.pul_interval
@@ -104,7 +109,7 @@ class Report:
             f"{self.loss_gap_after:+.4f}",
             f"precision {self.precision:.2f}, recall {self.recall:.2f}; "
             f"retained classes moved by {self.retained_distance:.3f} (total variation)",
-            "class   " + "".join(f"{c:>7}" for c in self.shown_classes),
+            "class   " + "".join(f"{c:>7}" for c in self.shown_classes) + self._left_out,
         ]
         for title, shares in (("before", self.histogram_before), ("after", self.histogram_after)):
             rows.append(f"{title:<8}" + "".join(f"{shares[c]:>7.1%}" for c in self.shown_classes))

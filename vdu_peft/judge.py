@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from tqdm.auto import tqdm
 
 from vdu_peft.pixels import to_pixels
 
@@ -67,7 +68,7 @@ class Judge(nn.Module):
 class PretrainedJudge(nn.Module):
     """An image classifier of transformers, which sees images of any size as its own processor prepares them.
 
-    Its features are what its last linear layer reads, (N, F).
+    Its features are what the linear layer reads that gives its classes, (N, F).
 
     Args:
         model: of ``AutoModelForImageClassification``.
@@ -93,14 +94,26 @@ class PretrainedJudge(nn.Module):
         """(features (N, F), labels (N,) int64), both on the CPU, of images (N, C, H, W) in [-1, 1].
 
         C is 1, gray, or what the classifier was trained on.
+
+        Raises:
+            JudgeError: the classes are not one linear layer's output, so that what it reads would tell another story.
         """
-        features, labels = [], []
-        hook = self.head.register_forward_pre_hook(lambda head, inputs: features.append(inputs[0].float().cpu()))
+        features, labels, scores = [], [], []
+
+        def capture(head: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+            features.append(inputs[0].cpu())
+            scores.append(output)
+
+        hook = self.head.register_forward_hook(capture)
+        batches = images.split(batch_size)
         try:
-            for batch in images.split(batch_size):
+            for batch in tqdm(batches, desc="judge", leave=False, disable=len(batches) == 1):
                 pixels = list(to_pixels(batch).expand(-1, self.channels, -1, -1))
                 inputs = self.processor(images=pixels, input_data_format="channels_first", return_tensors="pt")
-                labels.append(self.model(**inputs.to(self.head.weight.device)).logits.argmax(1).cpu())
+                logits = self.model(**inputs.to(self.head.weight.device)).logits
+                if not torch.equal(scores.pop(), logits):
+                    raise JudgeError(f"{type(self.model).__name__}: its classes are not one linear layer's output")
+                labels.append(logits.argmax(1).cpu())
         finally:
             hook.remove()
         return torch.cat(features), torch.cat(labels)
@@ -110,7 +123,7 @@ class PretrainedJudge(nn.Module):
         """Of a folder or hub id, such as ``microsoft/resnet-50``; safetensors only.
 
         Raises:
-            JudgeError: it cannot be loaded, or is no classifier with all its weights.
+            JudgeError: it cannot be loaded or run, or is no classifier with all its weights.
         """
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -119,12 +132,14 @@ class PretrainedJudge(nn.Module):
                 name_or_path, use_safetensors=True, output_loading_info=True
             )
             processor = AutoImageProcessor.from_pretrained(name_or_path)
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise JudgeError(f"{name_or_path}: cannot be loaded as an image classifier ({reason})") from error
-        if missing := loaded["missing_keys"] | loaded["mismatched_keys"]:
-            raise JudgeError(f"{name_or_path}: not a trained classifier; its weights lack {min(missing)}")
-        return cls(model, processor)
+            if missing := [*loaded["missing_keys"], *loaded["mismatched_keys"]]:
+                raise JudgeError(f"not a trained classifier; its weights lack {missing[0]}")
+            judge = cls(model, processor)
+            judge.judge(torch.zeros(1, judge.channels, 32, 32))  # what cannot be judged with fails now
+        except (OSError, ValueError, RuntimeError, ImportError, TypeError) as error:
+            reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
+            raise JudgeError(f"{name_or_path}: cannot be used as an image classifier ({reason})") from error
+        return judge
 
 
 def open_judge(name_or_path: str, device: torch.device) -> Judge | PretrainedJudge:

@@ -12,7 +12,7 @@ from vdu_peft.denoiser import Denoiser
 FEATURE_TIMESTEPS = (100, 300, 500)  # of 1000
 # Ridge penalty of the forget-likeness regression. With a weak one and a few dozen forget images it learns real
 # against generated, and generated images of the concept pass: at 0.01 it catches 10 to 32 % of them, at 1 it
-# catches 67 to 89 % (demo model, digits 1, 4, 7 and 8, 100 forget images, 256 samples).
+# catches 67 to 89 % (demo model, digits 1, 4, 7 and 8, 100 forget images, 256 samples, means over whole images).
 RIDGE = 1.0
 # A sample looks like the forget images if it scores above this quantile of their own scores: strict, so that others
 # hardly ever do, and a part of the concept's does not either.
@@ -89,9 +89,10 @@ class Likeness:
     def still_alike(self, features: torch.Tensor) -> torch.Tensor:
         """(N,) bool, of what looked like the forget images and was drawn again with an adapter on.
 
-        Whether it still scores above half of the threshold, as log-odds, which are 0 between the forget images and the
-        model's own samples: a concept that is half forgotten is drawn less plainly, not less often. (Of 62 ones drawn
-        again a judge saw 14, ``alike`` 1 and this 13, all of them the judge's; digits of 16 x 16.)
+        Whether it still scores above half of the threshold (the threshold itself where that is negative), as log-odds,
+        which are 0 between the forget images and the model's own samples: a concept that is half forgotten is drawn
+        less plainly, not less often. (Of 62 ones drawn again a judge saw 14, ``alike`` 1 and this 13, all of them the
+        judge's; digits of 16 x 16.)
         """
         return ~(self.scorer(features) <= min(self.threshold(), self.threshold() / 2))
 

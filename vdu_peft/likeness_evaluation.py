@@ -30,7 +30,9 @@ class LikenessReport:
     plainest; what counts is the ratio of after to before. What it cost in quality it does not tell.
 
     Attributes:
-        share_before, share_after: of the samples, those that look like the forget images.
+        share_before, share_after: of the samples, those that look like the forget images; after, also those that did
+            before from the same noise and still do, if less plainly (:meth:`~vdu_peft.likeness.Likeness.left`), so that
+            an adapter that only blurs the concept has not removed it.
         pul: the relative drop in percent, pul_interval its 95 % confidence interval.
     """
 

@@ -179,7 +179,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--reference", help="real images: with labels, of all classes; for prompts without labels or the target"
     )
     _source_arguments(sub, split="test")
-    sub.add_argument("--forget_class", type=int, help="the judge's number of the forgotten class")
+    sub.add_argument("--forget_class", type=int, help="number of the forgotten class, the judge's and the reference's")
     sub.add_argument(
         "--prompts",
         type=Path,
