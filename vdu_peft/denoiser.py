@@ -304,10 +304,8 @@ class Denoiser:
     def _middle(self, grid: int):
         """The network's innermost block, and how its output becomes (N, F): a map's channels by ``grid`` x ``grid``."""
         if isinstance(self.model, ModelMixin) and hasattr(self.model, "mid_block"):
-            pool = nn.AdaptiveAvgPool2d(grid)
-            return self.model.mid_block, lambda out: pool(out.float().cpu()).flatten(
-                1
-            )  # MPS has it for some sizes alone
+            pool = nn.AdaptiveAvgPool2d(grid)  # which MPS has for some sizes alone
+            return self.model.mid_block, lambda out: pool(out.float().cpu()).flatten(1)
         if isinstance(self.model, (FluxTransformer2DModel, SD3Transformer2DModel)):
             # Their joint blocks give (text, image tokens (N, L, C)).
             return self.model.transformer_blocks[len(self.model.transformer_blocks) // 2], lambda out: out[1].mean(1)
