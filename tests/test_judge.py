@@ -56,8 +56,7 @@ def saved_vit(folder):
     return folder
 
 
-@pytest.mark.parametrize("saved", [saved_resnet, saved_vit])
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("saved", "channels"), [(saved_resnet, 1), (saved_vit, 3)])
 def test_a_pretrained_judge_sees_what_the_stock_pipeline_does(saved, channels, tmp_path):
     folder = saved(tmp_path / "judge")
     images = torch.rand(7, channels, 10, 10, generator=torch.Generator().manual_seed(0)) * 2 - 1
