@@ -16,6 +16,7 @@ from vdu_peft.compose import compose
 from vdu_peft.config import ConfigError
 from vdu_peft.denoiser import ModelError
 from vdu_peft.export import export_lora, merge
+from vdu_peft.first_line import first_line
 from vdu_peft.hub import HubError, check_hub, push_to_hub
 from vdu_peft.judge import JudgeError
 from vdu_peft.options import parse
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except torch.OutOfMemoryError as error:
         print(
-            f"vdu-peft: error: out of memory ({str(error).splitlines()[0]}); use a smaller train_batch_size with "
+            f"vdu-peft: error: out of memory ({first_line(error)}); use a smaller train_batch_size with "
             "gradient_accumulation_steps, gradient_checkpointing, mixed_precision bf16",
             file=sys.stderr,
         )

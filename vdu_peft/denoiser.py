@@ -21,6 +21,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import nn
 from tqdm.auto import tqdm
 
+from vdu_peft.first_line import first_line
 from vdu_peft.model_folder import PIPELINES, check_folder, from_hub, stored_dtype, stored_sampler, stored_scheduler
 from vdu_peft.schedule import ModelError, NoiseSchedule
 
@@ -116,9 +117,7 @@ class Denoiser:
                 low_cpu_mem_usage=False,
             )
         except (OSError, ValueError, RuntimeError) as error:
-            raise ModelError(
-                f"{unet_folder}: cannot be loaded as a UNet2DModel ({str(error).splitlines()[0]})"
-            ) from error
+            raise ModelError(f"{unet_folder}: cannot be loaded as a UNet2DModel ({first_line(error)})") from error
         denoiser = cls(unet.eval(), stored_scheduler(scheduler_folder, name_or_path))
         # What cards call it: a local path says nothing elsewhere, and names the machine it was on.
         denoiser.name = folder.resolve().name if folder.is_dir() else str(name_or_path)

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
+from vdu_peft.first_line import first_line
+
 
 class HubError(RuntimeError):
     """The hub cannot be used; the message says why and what to do."""
@@ -23,7 +25,7 @@ def check_hub(repo_id: str) -> str:
     try:
         user = HfApi().whoami()["name"]
     except Exception as error:  # whatever the hub's transport raises
-        raise HubError(f"push_to_hub: {_first_line(error)}; log in with `hf auth login` or set HF_TOKEN") from error
+        raise HubError(f"push_to_hub: {first_line(error)}; log in with `hf auth login` or set HF_TOKEN") from error
     return repo_id if "/" in repo_id else f"{user}/{repo_id}"
 
 
@@ -39,10 +41,6 @@ def push_to_hub(folder: Path, repo_id: str) -> str:
         api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Upload with vdu_peft")
     except Exception as error:  # whatever the hub's transport raises
         raise HubError(
-            f"push_to_hub: {_first_line(error)}; {folder} is written, try `hf upload {repo_id} {folder}`"
+            f"push_to_hub: {first_line(error)}; {folder} is written, try `hf upload {repo_id} {folder}`"
         ) from error
     return str(url)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 
+from vdu_peft.first_line import first_line
 from vdu_peft.pixels import to_pixels
 
 
@@ -61,7 +62,7 @@ class Judge(nn.Module):
         try:
             judge.load_state_dict({name: tensor.float() for name, tensor in load_file(file).items()})
         except (OSError, SafetensorError, RuntimeError) as error:
-            raise JudgeError(f"{file}: not the weights of a judge ({str(error).splitlines()[0]})") from error
+            raise JudgeError(f"{file}: not the weights of a judge ({first_line(error)})") from error
         return judge.eval()
 
 
@@ -98,21 +99,17 @@ class PretrainedJudge(nn.Module):
         Raises:
             JudgeError: the classes are not one linear layer's output, so that what it reads would tell another story.
         """
-        features, labels, scores = [], [], []
-
-        def capture(head: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-            features.append(inputs[0].cpu())
-            scores.append(output)
-
-        hook = self.head.register_forward_hook(capture)
+        features, labels, passes = [], [], []
+        hook = self.head.register_forward_hook(lambda _, inputs, output: passes.append((inputs[0], output)))
         batches = images.split(batch_size)
         try:
             for batch in tqdm(batches, desc="judge", leave=False, disable=len(batches) == 1):
                 pixels = list(to_pixels(batch).expand(-1, self.channels, -1, -1))
                 inputs = self.processor(images=pixels, input_data_format="channels_first", return_tensors="pt")
                 logits = self.model(**inputs.to(self.head.weight.device)).logits
-                if not torch.equal(scores.pop(), logits):
+                if len(passes) != 1 or not torch.equal(passes[0][1], logits):
                     raise JudgeError(f"{type(self.model).__name__}: its classes are not one linear layer's output")
+                features.append(passes.pop()[0].cpu())
                 labels.append(logits.argmax(1).cpu())
         finally:
             hook.remove()
@@ -137,8 +134,7 @@ class PretrainedJudge(nn.Module):
             judge = cls(model, processor)
             judge.judge(torch.zeros(1, judge.channels, 32, 32))  # what cannot be judged with fails now
         except (OSError, ValueError, RuntimeError, ImportError, TypeError) as error:
-            reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
-            raise JudgeError(f"{name_or_path}: cannot be used as an image classifier ({reason})") from error
+            raise JudgeError(f"{name_or_path}: cannot be used as an image classifier ({first_line(error)})") from error
         return judge
 
 
@@ -223,6 +219,5 @@ class AttributeJudge(nn.Module):
             judge = cls(json.loads(header["attributes"]), json.loads(header["image_size"]))
             judge.load_state_dict({name: tensor.float() for name, tensor in load_file(file).items()})
         except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise JudgeError(f"{file}: not the weights of an attribute judge ({reason})") from error
+            raise JudgeError(f"{file}: not the weights of an attribute judge ({first_line(error)})") from error
         return judge.eval()

@@ -94,7 +94,8 @@ class Likeness:
         less plainly, not less often. (Of 62 ones drawn again a judge saw 14, ``alike`` 1 and this 13, all of them the
         judge's; digits of 16 x 16.)
         """
-        return ~(self.scorer(features) <= min(self.threshold(), self.threshold() / 2))
+        threshold = self.threshold()
+        return ~(self.scorer(features) <= min(threshold, threshold / 2))
 
     def left(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
         """(N,) bool: which samples of an adapted model show what is to be forgotten.

@@ -14,6 +14,7 @@ import yaml
 from vdu_peft.config import ConfigError, UnlearnConfig, VDUConfig
 from vdu_peft.denoiser import best_device
 from vdu_peft.export import DTYPES, FORMATS
+from vdu_peft.first_line import first_line
 from vdu_peft.precision import quick_precision
 
 # The adapter's options, by the names that diffusers' LoRA scripts use.
@@ -243,7 +244,7 @@ def _with_config_file(
         # JSON is YAML for the most part; tabs are not.
         options = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file}: not a readable YAML or JSON file ({str(error).splitlines()[0]})") from error
+        raise ConfigError(f"{file}: not a readable YAML or JSON file ({first_line(error)})") from error
     if not isinstance(options, dict):
         raise ConfigError(f"{file}: expected option: value pairs")
     given = []

@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 
 from vdu_peft.denoiser import Denoiser, ModelError
 from vdu_peft.families import FAMILIES
+from vdu_peft.first_line import first_line
 from vdu_peft.model_folder import PIPELINES, stored_dtype
 from vdu_peft.schedule import NoiseSchedule
 
@@ -165,8 +166,8 @@ class TextDenoiser(Denoiser):
                 **(checker if kind == "StableDiffusionPipeline" and not whole else {}),
             )
         except (OSError, ValueError, RuntimeError, AttributeError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ModelError(f"{name_or_path}: cannot be loaded as a text-to-image pipeline ({reason})") from error
+            message = f"{name_or_path}: cannot be loaded as a text-to-image pipeline ({first_line(error)})"
+            raise ModelError(message) from error
         denoiser = cls(pipeline, prompts, resolution)
         denoiser.name = folder.resolve().name if Path(name_or_path).is_dir() else str(name_or_path)
         denoiser.stored_dtype = stored_dtype(folder / denoiser.component)

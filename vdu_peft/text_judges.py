@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from vdu_peft.denoiser import ModelError
+from vdu_peft.first_line import first_line
 from vdu_peft.judge import AttributeJudge
 from vdu_peft.pixels import to_pixels
 from vdu_peft.prompt_file import EvaluationPrompt
@@ -96,7 +97,7 @@ def load_clip(name_or_path: str):
         model = CLIPModel.from_pretrained(name_or_path, use_safetensors=True).eval()
         return model, CLIPProcessor.from_pretrained(name_or_path)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{name_or_path}: cannot be loaded as a CLIP model ({str(error).splitlines()[0]})") from error
+        raise ModelError(f"{name_or_path}: cannot be loaded as a CLIP model ({first_line(error)})") from error
 
 
 @torch.no_grad()
