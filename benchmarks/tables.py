@@ -170,8 +170,8 @@ def timesteps_section(records: list[dict]) -> list[str]:
         "",
         f"`python -m benchmarks.timesteps --digits {' '.join(digits)}`: the denoising loss of a model trained without "
         "the digit relative to the base model's, mean over real test images of the digit and of the others, "
-        f"{records[0]['num_images']} each; {provenance(records)}. From these come the timesteps at which forget images "
-        "are shown by default (`vdu_peft/schedule.py`).",
+        f"{records[0]['num_images']} each; {provenance(records)}. From these comes the least timestep at which forget "
+        "images are shown by default (`vdu_peft/schedule.py`).",
         "",
         "| timestep | " + " | ".join(f"{d}, its images | {d}, the others" for d in digits) + " |",
         "|---" * (1 + 2 * len(digits)) + "|",

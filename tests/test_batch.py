@@ -1,10 +1,11 @@
+import pytest
 import torch
 from accelerate import Accelerator
 from conftest import tiny_unet
 from diffusers import DDPMScheduler
 
 from vdu_peft import UnlearnConfig
-from vdu_peft.batch import HELD_SHARE, Batch, draw_batch, forget_timesteps
+from vdu_peft.batch import HELD_SHARE, Batch, BatchSource, forget_timesteps, widest_deviation
 from vdu_peft.classes import Classes
 from vdu_peft.data import ImageDataset
 from vdu_peft.denoiser import Denoiser
@@ -20,9 +21,9 @@ def test_images_of_the_anchor_stand_in_for_half_of_those_that_are_redirected():
     denoiser = Denoiser(tiny_unet(num_class_embeds=4), DDPMScheduler())
     forget_set, accelerator = ImageDataset(torch.ones(8, 1, 8, 8)), Accelerator()
     torch.manual_seed(0)
-    batches = [
-        draw_batch(forget_set, replay, replay_labels, classes, config, denoiser, accelerator) for _ in range(500)
-    ]
+    shown_at = forget_timesteps(config, denoiser, replay, conditional=True)
+    source = BatchSource(forget_set, replay, replay_labels, classes, config, shown_at, 1000)
+    batches = [source.draw(accelerator) for _ in range(500)]
     rows = {name: torch.stack([getattr(batch, name) for batch in batches]) for name in Batch._fields}
     replaced, anchor, label = rows["replaced"], rows["anchors"], rows["labels"][:, :4]
     drawn = rows["images"][:, :4, 0, 0, 0]
@@ -40,11 +41,12 @@ def test_images_of_the_anchor_stand_in_for_half_of_those_that_are_redirected():
 def test_an_unconditional_model_is_held_where_it_is_pushed():
     """Forget images between the two timesteps; so many replay images more than evenly spread ones, and those at all."""
     denoiser, config = Denoiser(tiny_unet(), DDPMScheduler()), UnlearnConfig(train_batch_size=8)
-    lowest, highest = forget_timesteps(config, denoiser, conditional=False)
-    assert (lowest, highest) == denoiser.schedule.deciding_timesteps(8)
-    images, accelerator = torch.zeros(4, 1, 8, 8), Accelerator()
+    images, accelerator = torch.tensor([-1.0, -1.0, 1.0, 1.0]).view(4, 1, 1, 1).expand(4, 1, 8, 8), Accelerator()
+    lowest, highest = forget_timesteps(config, denoiser, images, conditional=False)
+    assert (lowest, highest) == denoiser.schedule.deciding_timesteps(8, 8.0)  # 1 in each of 64 elements, all as one
+    source = BatchSource(ImageDataset(images), images, None, None, config, (lowest, highest), 1000)
     torch.manual_seed(0)
-    batches = [draw_batch(ImageDataset(images), images, None, None, config, denoiser, accelerator) for _ in range(500)]
+    batches = [source.draw(accelerator) for _ in range(500)]
     forget, replay = torch.stack([batch.timesteps for batch in batches]).split(8, dim=1)
     assert forget.min() == lowest and forget.max() == highest - 1
     within = ((replay >= lowest) & (replay < highest)).float().mean()
@@ -55,10 +57,10 @@ def test_an_unconditional_model_is_held_where_it_is_pushed():
 
 
 def test_timesteps_that_are_asked_for_win_and_the_elbo_has_all():
-    denoiser = Denoiser(tiny_unet(), DDPMScheduler())
+    denoiser, images = Denoiser(tiny_unet(), DDPMScheduler()), torch.randn(3, 1, 8, 8)
 
     def timesteps(conditional=False, **options):
-        return forget_timesteps(UnlearnConfig(**options), denoiser, conditional)
+        return forget_timesteps(UnlearnConfig(**options), denoiser, images, conditional)
 
     assert timesteps(plasticity="elbo") == (0, 1000)
     assert timesteps(conditional=True) == (200, 1000)
@@ -66,7 +68,20 @@ def test_timesteps_that_are_asked_for_win_and_the_elbo_has_all():
     assert timesteps(plasticity="elbo", max_forget_timestep=400) == (0, 400)
     short = Denoiser(tiny_unet(), DDPMScheduler(num_train_timesteps=100))
     asked = UnlearnConfig(min_forget_timestep=950, max_forget_timestep=955)
-    assert forget_timesteps(asked, short, conditional=False) == (95, 96)
-    assert forget_timesteps(UnlearnConfig(max_forget_timestep=5), short, conditional=False) == (0, 1)
+    assert forget_timesteps(asked, short, images, conditional=False) == (95, 96)
+    assert forget_timesteps(UnlearnConfig(max_forget_timestep=5), short, images, conditional=False) == (0, 1)
     # Beyond the other's default, all the way.
     assert timesteps(min_forget_timestep=900) == (900, 1000) and timesteps(max_forget_timestep=2) == (0, 2)
+
+
+def test_the_widest_deviation_is_that_of_the_first_principal_component():
+    """More images than elements and fewer, against the covariance itself; what is not finite, and equal images."""
+    torch.manual_seed(0)
+    for count in (200, 5):
+        images = torch.randn(count, 2, 3, 3) * torch.rand(2, 3, 3) + torch.randn(count, 1, 1, 1)
+        covariance = torch.cov(images.flatten(1).double().T, correction=0)
+        expected = torch.linalg.eigvalsh(covariance)[-1].sqrt().item()
+        assert widest_deviation(images) == pytest.approx(expected, rel=1e-5)  # float32
+        broken = torch.cat([images, torch.full((1, 2, 3, 3), torch.nan)])
+        assert widest_deviation(broken) == widest_deviation(images)
+    assert widest_deviation(torch.ones(4, 1, 8, 8)) == widest_deviation(torch.ones(1, 1, 8, 8)) == 0

@@ -83,14 +83,16 @@ def test_a_flow_tells_its_network_sigma_and_samples_with_the_shift_of_its_resolu
     torch.testing.assert_close(sampler.sigmas[:-1], shift * even / (1 + (shift - 1) * even))
 
 
-def test_what_an_image_shows_is_decided_in_more_noise_the_larger_it_is():
+def test_what_an_image_shows_is_decided_in_more_noise_the_larger_it_is_and_the_more_images_differ():
     """Against the noise's own ratio to the signal, at both ends; and of any schedule there is at least one timestep."""
     schedule = NoiseSchedule(DDPMScheduler())
     ratio = schedule.sigmas / schedule.alphas
-    assert schedule.deciding_timesteps(16) == (100, 448)
-    for size in (8, 28, 64, 256):
-        lowest, highest = schedule.deciding_timesteps(size)
-        for timestep, noise in ((lowest, 0.34), (highest, 2.6)):
-            assert ratio[timestep - 1] <= noise * size / 16 <= ratio[timestep]
-    assert NoiseSchedule(DDPMScheduler(beta_start=1e-6, beta_end=1e-6)).deciding_timesteps(64) == (999, 1000)
-    assert NoiseSchedule(DDPMScheduler(beta_start=0.9, beta_end=0.9)).deciding_timesteps(1) == (0, 1)
+    assert schedule.deciding_timesteps(16, 2.44) == (100, 436)
+    for size, deviation in ((8, 1.2), (28, 4.9), (32, 15.1), (256, 90.0)):
+        lowest, highest = schedule.deciding_timesteps(size, deviation)
+        assert ratio[lowest - 1] <= 0.34 * size / 16 <= ratio[lowest]
+        assert ratio[highest - 1] <= deviation <= ratio[highest]
+    assert schedule.deciding_timesteps(16, 0.0) == (100, 101)
+    assert schedule.deciding_timesteps(16, 1e9) == (100, 1000)
+    assert NoiseSchedule(DDPMScheduler(beta_start=1e-6, beta_end=1e-6)).deciding_timesteps(64, 9.0) == (999, 1000)
+    assert NoiseSchedule(DDPMScheduler(beta_start=0.9, beta_end=0.9)).deciding_timesteps(1, 0.1) == (0, 1)

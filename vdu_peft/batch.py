@@ -1,5 +1,6 @@
 """One step's images, noise, timesteps and conditions, drawn from torch's global generator."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -45,63 +46,83 @@ def batch_shares(classes: Classes | None) -> dict[str, float]:
     return {"anchor_share": ANCHOR_SHARE} if classes.anchors.numel() else {}
 
 
-def draw_batch(
-    forget_set: ImageDataset,
-    replay: torch.Tensor,
-    replay_labels: torch.Tensor | None,
-    classes: Classes | None,
-    config: UnlearnConfig,
-    denoiser: Denoiser,
-    accelerator: Accelerator,
-) -> Batch:
-    """This process's share of a step.
+@dataclass(frozen=True)
+class BatchSource:
+    """What steps draw from.
 
-    All processes draw the whole batch from the one seed and keep their share, so that P processes of batch
-    size b see the images, noise and timesteps that one of P·b sees. (Their posterior noise is their own. Of images
-    that are redirected each process keeps its first, so that there they are not quite the same.)
+    Attributes:
+        forget_set: the forget images.
+        replay: (M, C, H, W), as the denoiser encodes them.
+        replay_labels: (M,), of a model with a condition.
+        classes: of a model with a condition.
+        config: of the run, filled.
+        forget_timesteps: the least timestep at which forget images are shown, and the one after the greatest.
+        num_train_timesteps: of the model's schedule.
     """
-    batch_size = config.train_batch_size
-    total = batch_size * accelerator.num_processes
-    forget_indices = draw_indices(len(forget_set), total)
-    forget = torch.stack([forget_set[i] for i in forget_indices])
-    replay_indices = draw_indices(len(replay), total)
-    images = torch.stack([forget, replay[replay_indices]])  # (2, total, C, H, W)
-    noise = torch.randn(images.shape)
-    num_timesteps = denoiser.num_train_timesteps
-    lowest, highest = forget_timesteps(config, denoiser, conditional=classes is not None)
-    timesteps = torch.stack([torch.randint(lowest, highest, (total,)), torch.randint(num_timesteps, (total,))])
-    if classes is None:
-        held = torch.rand(total) < HELD_SHARE
-        timesteps[1, held] = torch.randint(lowest, highest, (int(held.sum()),))
-    drawn = [images, noise, timesteps]
-    if classes is not None:
-        labels = torch.stack([classes.forget_labels[forget_indices], replay_labels[replay_indices]])
-        if classes.null is not None:
-            labels = torch.where(torch.rand(2, total) < NULL_SHARE, classes.null, labels)
-        drawn.append(labels)
-        if config.plasticity != "elbo" and (choices := classes.anchors.shape[1]):
-            anchors = classes.anchors[forget_indices, torch.randint(choices, (total,))]
-            of_anchor = replay_labels == anchors[:, None]  # (total, M)
-            replaced = of_anchor.any(1) & (torch.rand(total) < ANCHOR_SHARE)
+
+    forget_set: ImageDataset
+    replay: torch.Tensor
+    replay_labels: torch.Tensor | None
+    classes: Classes | None
+    config: UnlearnConfig
+    forget_timesteps: tuple[int, int]
+    num_train_timesteps: int
+
+    def draw(self, accelerator: Accelerator) -> Batch:
+        """This process's share of a step.
+
+        All processes draw the whole batch from the one seed and keep their share, so that P processes of batch
+        size b see the images, noise and timesteps that one of P·b sees. (Their posterior noise is their own. Of images
+        that are redirected each process keeps its first, so that there they are not quite the same.)
+        """
+        classes, batch_size = self.classes, self.config.train_batch_size
+        total = batch_size * accelerator.num_processes
+        forget_indices = draw_indices(len(self.forget_set), total)
+        forget = torch.stack([self.forget_set[i] for i in forget_indices])
+        replay_indices = draw_indices(len(self.replay), total)
+        images = torch.stack([forget, self.replay[replay_indices]])  # (2, total, C, H, W)
+        noise = torch.randn(images.shape)
+        timesteps = torch.stack(
+            [torch.randint(*self.forget_timesteps, (total,)), torch.randint(self.num_train_timesteps, (total,))]
+        )
+        if classes is None:
+            held = torch.rand(total) < HELD_SHARE
+            timesteps[1, held] = torch.randint(*self.forget_timesteps, (int(held.sum()),))
+        drawn = [images, noise, timesteps]
+        if classes is not None:
+            labels = torch.stack([classes.forget_labels[forget_indices], self.replay_labels[replay_indices]])
             if classes.null is not None:
-                replaced &= labels[0] != classes.null
-            replaced[::batch_size] = False  # every process has a forget image, to tell its loss
-            images[0, replaced] = replay[torch.multinomial(of_anchor[replaced].float(), 1).flatten()]
-            timesteps[0, replaced] = torch.randint(num_timesteps, (int(replaced.sum()),))
-            drawn += [anchors[None], replaced[None]]
-    share = slice(accelerator.process_index * batch_size, (accelerator.process_index + 1) * batch_size)
-    return Batch(*(t[:, share].flatten(0, 1).to(accelerator.device) for t in drawn))
+                labels = torch.where(torch.rand(2, total) < NULL_SHARE, classes.null, labels)
+            drawn.append(labels)
+            if self.config.plasticity != "elbo" and (choices := classes.anchors.shape[1]):
+                anchors = classes.anchors[forget_indices, torch.randint(choices, (total,))]
+                of_anchor = self.replay_labels == anchors[:, None]  # (total, M)
+                replaced = of_anchor.any(1) & (torch.rand(total) < ANCHOR_SHARE)
+                if classes.null is not None:
+                    replaced &= labels[0] != classes.null
+                replaced[::batch_size] = False  # every process has a forget image, to tell its loss
+                images[0, replaced] = self.replay[torch.multinomial(of_anchor[replaced].float(), 1).flatten()]
+                timesteps[0, replaced] = torch.randint(self.num_train_timesteps, (int(replaced.sum()),))
+                drawn += [anchors[None], replaced[None]]
+        share = slice(accelerator.process_index * batch_size, (accelerator.process_index + 1) * batch_size)
+        return Batch(*(t[:, share].flatten(0, 1).to(accelerator.device) for t in drawn))
 
 
-def forget_timesteps(config: UnlearnConfig, denoiser: Denoiser, conditional: bool) -> tuple[int, int]:
-    """The least timestep at which forget images are shown, and the one after the greatest."""
+def forget_timesteps(
+    config: UnlearnConfig, denoiser: Denoiser, images: torch.Tensor, conditional: bool
+) -> tuple[int, int]:
+    """The least timestep at which forget images are shown, and the one after the greatest.
+
+    Args:
+        images: (N, C, H, W), as the denoiser encodes them, the forget images among what the model draws.
+    """
     num_timesteps = denoiser.num_train_timesteps
     if config.plasticity == "elbo":  # a sum over all timesteps
         lowest, highest = 0, num_timesteps
     elif conditional:
         lowest, highest = MIN_CONDITIONAL_TIMESTEP * num_timesteps // 1000, num_timesteps
     else:
-        lowest, highest = denoiser.schedule.deciding_timesteps(max(denoiser.image_size))
+        lowest, highest = denoiser.schedule.deciding_timesteps(max(denoiser.image_size), widest_deviation(images))
     # What is asked for wins, and where it lies beyond the other's default, that goes all the way.
     if config.min_forget_timestep is not None:
         lowest = config.min_forget_timestep * num_timesteps // 1000
@@ -111,6 +132,16 @@ def forget_timesteps(config: UnlearnConfig, denoiser: Denoiser, conditional: boo
         if config.min_forget_timestep is None and lowest >= highest:
             lowest = 0
     return lowest, max(highest, lowest + 1)  # a short schedule may have no timestep between the two
+
+
+def widest_deviation(images: torch.Tensor) -> float:
+    """The standard deviation of images (N, C, H, W) along the direction in which they differ most."""
+    finite = images.flatten(1).isfinite().all(1)  # what is not a number stays in the replay: the loss will tell of it
+    differences = images[finite].flatten(1).float()
+    differences = differences - differences.mean(0)
+    # (N, N): it has the eigenvalues of the covariance, which has as many rows as an image has elements.
+    products = differences @ differences.T / len(differences)
+    return torch.linalg.eigvalsh(products)[-1].clamp_min(0).sqrt().item()
 
 
 def draw_indices(size: int, count: int) -> list[int]:

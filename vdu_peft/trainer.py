@@ -1,7 +1,6 @@
 """unlearn(): the loop that joins adapter, objective and replay, on accelerate."""
 
 import copy
-import json
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -14,21 +13,21 @@ from accelerate.utils import broadcast_object_list, set_seed
 from peft import PeftModel
 from tqdm.auto import tqdm
 
-from vdu_peft.adapter import attach, detach, posterior_size, save_adapter, total_kl, trainable_state
-from vdu_peft.batch import batch_shares, draw_batch
-from vdu_peft.card import model_card
+from vdu_peft.adapter import attach, detach, posterior_size, total_kl, trainable_state
+from vdu_peft.batch import BatchSource, batch_shares, forget_timesteps
 from vdu_peft.checkpoint import check_resumable, load_checkpoint, run_options, save_checkpoint
-from vdu_peft.classes import Classes, check_labels, run_classes
+from vdu_peft.classes import check_labels, run_classes
 from vdu_peft.config import ConfigError, UnlearnConfig, VDUConfig
 from vdu_peft.contexts import adapter_scale, evaluating, posterior_noise
 from vdu_peft.data import ImageDataset
 from vdu_peft.denoiser import Denoiser, as_denoiser
-from vdu_peft.history import COLLAPSE, FAILED, WINDOW, collapsed, recent, run_status, steps_to_target, target_holds
+from vdu_peft.history import COLLAPSE, FAILED, collapsed, recent, run_status, steps_to_target, target_holds
 from vdu_peft.learning_rate import last_step, lr_factor
 from vdu_peft.pixels import check_images
 from vdu_peft.precision import check_precision
 from vdu_peft.processes import check_processes
 from vdu_peft.replay import OwnAlike, own_replay
+from vdu_peft.run_folder import run_facts, save_run
 from vdu_peft.strength import Strength, calibrate, scale_delta
 from vdu_peft.terms import loss_terms
 
@@ -155,7 +154,18 @@ def unlearn(
         detach(denoiser.model)
         make_trainable_as_before()
         raise
-    forget_set = ImageDataset(forget, mirrored)
+    shown_at = forget_timesteps(config, denoiser, torch.cat([forget, replay]), conditional=classes is not None)
+    source = BatchSource(
+        ImageDataset(forget, mirrored),
+        replay,
+        replay_labels,
+        classes,
+        config,
+        shown_at,
+        denoiser.num_train_timesteps,
+    )
+    facts = run_facts(denoiser, len(forget), shown_at, peft_model.active_peft_config.r, classes, config)
+    of_run = (peft_model, denoiser.name, output_dir, facts, history, accelerator)
     if config.report_to and accelerator.is_main_process:
         accelerator.init_trackers("unlearn", config={k: v for k, v in asdict(config).items() if v is not None})
     bar = tqdm(total=config.max_train_steps, initial=len(history), desc="unlearn", disable=bar_off)
@@ -168,7 +178,7 @@ def unlearn(
                 group["lr"] = config.learning_rate * lr_factor(step, config.max_train_steps, to_target)
             terms: dict[str, torch.Tensor] = {}
             for _ in range(config.gradient_accumulation_steps):
-                batch = draw_batch(forget_set, replay, replay_labels, classes, config, denoiser, accelerator)
+                batch = source.draw(accelerator)
                 if accelerator.num_processes > 1:
                     # Alike so far; the posterior's draws must be each process's own.
                     torch.manual_seed(int(torch.randint(2**31, ())) + accelerator.process_index)
@@ -190,9 +200,9 @@ def unlearn(
             # With a gradient scaler an infinite norm is ordinary: it skips the step and lowers the scale.
             finite_gradient = accelerator.scaler is not None or torch.isfinite(torch.as_tensor(grad_norm)).item()
             if not (finite_gradient and torch.isfinite(torch.tensor(list(record.values()))).all()):
-                kept = _save(peft_model, denoiser, classes, output_dir, forget, history, config, accelerator)
+                where = save_run(*of_run, run_status(history, config) if history else None)
                 raise UnlearnError(
-                    f"step {step + 1}: the loss or its gradient is not finite ({record}); {kept}. "
+                    f"step {step + 1}: the loss or its gradient is not finite ({record}); {where}. "
                     "Lower learning_rate, or use mixed_precision no"
                 )
             optimizer.step()
@@ -211,9 +221,8 @@ def unlearn(
                     save_checkpoint(output_dir, parameters, optimizer, history, options)
                 accelerator.wait_for_everyone()
 
-    # Before it is looked what it leaves: an interrupt there loses nothing of the run.
-    _save(peft_model, denoiser, classes, output_dir, forget, history, config, accelerator)
     status, strength = run_status(history, config), None
+    save_run(*of_run, status)  # before it is looked what it leaves: an interrupt there loses nothing of the run
     if own is not None and status not in FAILED:
         with evaluating(denoiser.model), accelerator.autocast():
             strength = calibrate(
@@ -228,7 +237,7 @@ def unlearn(
         (strength,) = broadcast_object_list([strength])  # processes may round apart, but must end with one adapter
         status = run_status(history, config, strength.remaining_share)
         scale_delta(denoiser.model, strength.scale)
-        _save(peft_model, denoiser, classes, output_dir, forget, history, config, accelerator, strength)
+        save_run(*of_run, status, strength)
     if config.report_to:
         accelerator.end_training()  # takes processes apart, after which they cannot wait for each other
     return UnlearnResult(
@@ -302,35 +311,3 @@ def _prepared(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch
         yield network, optimizer
     finally:
         accelerator.unwrap_model(network, keep_fp32_wrapper=False)
-
-
-def _save(
-    peft_model: PeftModel,
-    denoiser: Denoiser,
-    classes: Classes | None,
-    output_dir: Path | None,
-    forget: torch.Tensor,
-    history: list[dict[str, float]],
-    config: UnlearnConfig,
-    accelerator: Accelerator,
-    strength: Strength | None = None,
-) -> str:
-    if output_dir is None:
-        return "nothing was written (no output_dir)"
-    if accelerator.is_main_process:
-        rank = peft_model.active_peft_config.r
-        facts = {"forget images": len(forget), "steps": len(history), "rank": rank, "seed": config.seed}
-        if classes is not None:
-            facts["forgotten"] = classes.named(classes.forget_labels, denoiser)
-            if config.plasticity != "elbo" and classes.anchors.numel():
-                facts["drawn instead"] = classes.named(classes.anchors, denoiser)
-        if history:
-            facts["outcome"] = run_status(history, config, strength.remaining_share if strength else 0.0)
-            for name, shown in (("forget ratio", "forget_ratio"), ("stability", "stability")):
-                facts[f"{name}, mean of the last {min(WINDOW, len(history))} steps"] = f"{recent(history, shown):.3g}"
-        if strength is not None:
-            facts["strength"] = strength
-        save_adapter(peft_model, output_dir / "adapter", model_card("adapter", denoiser.name, facts))
-        (output_dir / "history.json").write_text(json.dumps(history) + "\n")
-    accelerator.wait_for_everyone()
-    return f"the adapter of the last good step is in {output_dir / 'adapter'}"

@@ -1,0 +1,64 @@
+"""What a run leaves in its folder: the adapter with its card, and the history."""
+
+import json
+from pathlib import Path
+
+from accelerate import Accelerator
+from peft import PeftModel
+
+from vdu_peft.adapter import save_adapter
+from vdu_peft.card import model_card
+from vdu_peft.classes import Classes
+from vdu_peft.config import UnlearnConfig
+from vdu_peft.denoiser import Denoiser
+from vdu_peft.history import WINDOW, recent
+from vdu_peft.strength import Strength
+
+
+def run_facts(
+    denoiser: Denoiser,
+    num_forget: int,
+    shown_at: tuple[int, int],
+    rank: int,
+    classes: Classes | None,
+    config: UnlearnConfig,
+) -> dict[str, object]:
+    """What the adapter's card tells of a run, whatever comes of it."""
+    facts = {"forget images": num_forget, "shown at timesteps": f"{shown_at[0]} to {shown_at[1] - 1}"}
+    facts |= {"rank": rank, "seed": config.seed}
+    if classes is not None:
+        facts["forgotten"] = classes.named(classes.forget_labels, denoiser)
+        if config.plasticity != "elbo" and classes.anchors.numel():
+            facts["drawn instead"] = classes.named(classes.anchors, denoiser)
+    return facts
+
+
+def save_run(
+    peft_model: PeftModel,
+    base_name: str,
+    output_dir: Path | None,
+    facts: dict[str, object],
+    history: list[dict[str, float]],
+    accelerator: Accelerator,
+    status: str | None,
+    strength: Strength | None = None,
+) -> str:
+    """Write the adapter as it is, its card and the history; returns where, as a part of a sentence.
+
+    Args:
+        status: None where there is no history yet.
+    """
+    if output_dir is None:
+        return "nothing was written (no output_dir)"
+    if accelerator.is_main_process:
+        facts = facts | {"steps": len(history)}
+        if status is not None:
+            facts["outcome"] = status
+            for name, shown in (("forget ratio", "forget_ratio"), ("stability", "stability")):
+                facts[f"{name}, mean of the last {min(WINDOW, len(history))} steps"] = f"{recent(history, shown):.3g}"
+        if strength is not None:
+            facts["strength"] = strength
+        save_adapter(peft_model, output_dir / "adapter", model_card("adapter", base_name, facts))
+        (output_dir / "history.json").write_text(json.dumps(history) + "\n")
+    accelerator.wait_for_everyone()
+    return f"the adapter of the last good step is in {output_dir / 'adapter'}"
