@@ -92,7 +92,7 @@ def test_what_an_image_shows_is_decided_in_more_noise_the_larger_it_is_and_the_m
         lowest, highest = schedule.deciding_timesteps(size, deviation)
         assert ratio[lowest - 1] <= 0.34 * size / 16 <= ratio[lowest]
         assert ratio[highest - 1] <= deviation <= ratio[highest]
-    assert schedule.deciding_timesteps(16, 0.0) == (100, 101)
+    assert schedule.deciding_timesteps(16, 0.0) == schedule.deciding_timesteps(16, 0.3) == (100, 1000)
     assert schedule.deciding_timesteps(16, 1e9) == (100, 1000)
     assert NoiseSchedule(DDPMScheduler(beta_start=1e-6, beta_end=1e-6)).deciding_timesteps(64, 9.0) == (999, 1000)
     assert NoiseSchedule(DDPMScheduler(beta_start=0.9, beta_end=0.9)).deciding_timesteps(1, 0.1) == (0, 1)

@@ -19,6 +19,8 @@ ANCHOR_SHARE = 0.5
 # Share of an unconditional model's replay images that are shown at the forget images' timesteps: where it is pushed, it
 # must be held.
 HELD_SHARE = 0.7
+# So many replay images tell how much all differ.
+SPREAD_IMAGES = 512
 # Lowest of 1000 where there is a condition. A redirection acts at all that are higher; below it only a loss is changed.
 MIN_CONDITIONAL_TIMESTEP = 200
 
@@ -40,9 +42,9 @@ class Batch(NamedTuple):
 
 
 def batch_shares(classes: Classes | None) -> dict[str, float]:
-    """The shares above that a run of these classes uses, by name."""
+    """The numbers above that decide a run of these classes, by name."""
     if classes is None:
-        return {"held_share": HELD_SHARE}
+        return {"held_share": HELD_SHARE, "spread_images": SPREAD_IMAGES}
     return {"anchor_share": ANCHOR_SHARE} if classes.anchors.numel() else {}
 
 
@@ -56,7 +58,7 @@ class BatchSource:
         replay_labels: (M,), of a model with a condition.
         classes: of a model with a condition.
         config: of the run, filled.
-        forget_timesteps: the least timestep at which forget images are shown, and the one after the greatest.
+        shown_at: the least timestep at which forget images are shown, and the one after the greatest.
         num_train_timesteps: of the model's schedule.
     """
 
@@ -65,7 +67,7 @@ class BatchSource:
     replay_labels: torch.Tensor | None
     classes: Classes | None
     config: UnlearnConfig
-    forget_timesteps: tuple[int, int]
+    shown_at: tuple[int, int]
     num_train_timesteps: int
 
     def draw(self, accelerator: Accelerator) -> Batch:
@@ -83,11 +85,11 @@ class BatchSource:
         images = torch.stack([forget, self.replay[replay_indices]])  # (2, total, C, H, W)
         noise = torch.randn(images.shape)
         timesteps = torch.stack(
-            [torch.randint(*self.forget_timesteps, (total,)), torch.randint(self.num_train_timesteps, (total,))]
+            [torch.randint(*self.shown_at, (total,)), torch.randint(self.num_train_timesteps, (total,))]
         )
         if classes is None:
             held = torch.rand(total) < HELD_SHARE
-            timesteps[1, held] = torch.randint(*self.forget_timesteps, (int(held.sum()),))
+            timesteps[1, held] = torch.randint(*self.shown_at, (int(held.sum()),))
         drawn = [images, noise, timesteps]
         if classes is not None:
             labels = torch.stack([classes.forget_labels[forget_indices], self.replay_labels[replay_indices]])
@@ -109,12 +111,12 @@ class BatchSource:
 
 
 def forget_timesteps(
-    config: UnlearnConfig, denoiser: Denoiser, images: torch.Tensor, conditional: bool
+    config: UnlearnConfig, denoiser: Denoiser, replay: torch.Tensor, conditional: bool
 ) -> tuple[int, int]:
     """The least timestep at which forget images are shown, and the one after the greatest.
 
     Args:
-        images: (N, C, H, W), as the denoiser encodes them, the forget images among what the model draws.
+        replay: (M, C, H, W), as the denoiser encodes them.
     """
     num_timesteps = denoiser.num_train_timesteps
     if config.plasticity == "elbo":  # a sum over all timesteps
@@ -122,7 +124,7 @@ def forget_timesteps(
     elif conditional:
         lowest, highest = MIN_CONDITIONAL_TIMESTEP * num_timesteps // 1000, num_timesteps
     else:
-        lowest, highest = denoiser.schedule.deciding_timesteps(max(denoiser.image_size), widest_deviation(images))
+        lowest, highest = denoiser.schedule.deciding_timesteps(max(denoiser.image_size), widest_deviation(replay))
     # What is asked for wins, and where it lies beyond the other's default, that goes all the way.
     if config.min_forget_timestep is not None:
         lowest = config.min_forget_timestep * num_timesteps // 1000
@@ -135,13 +137,18 @@ def forget_timesteps(
 
 
 def widest_deviation(images: torch.Tensor) -> float:
-    """The standard deviation of images (N, C, H, W) along the direction in which they differ most."""
-    finite = images.flatten(1).isfinite().all(1)  # what is not a number stays in the replay: the loss will tell of it
-    differences = images[finite].flatten(1).float()
-    differences = differences - differences.mean(0)
-    # (N, N): it has the eigenvalues of the covariance, which has as many rows as an image has elements.
-    products = differences @ differences.T / len(differences)
-    return torch.linalg.eigvalsh(products)[-1].clamp_min(0).sqrt().item()
+    """The standard deviation of images (N, C, H, W) along the direction in which they differ most; 0 of a single one.
+
+    Of SPREAD_IMAGES of them, evenly spaced, which tell it to a few per cent, and of these of the finite ones: what is
+    not stays in the replay, and the loss tells of it.
+    """
+    differences = images[:: -(-len(images) // SPREAD_IMAGES)].flatten(1).double()  # whose squares do not overflow
+    differences = differences[differences.isfinite().all(1)]
+    if len(differences) < 2:
+        return 0.0
+    differences -= differences.mean(0)
+    # (N, N): beside zeros it has the eigenvalues of the covariance, which has as many rows as an image has elements.
+    return torch.linalg.eigvalsh(differences @ differences.T / len(differences))[-1].clamp_min(0).sqrt().item()
 
 
 def draw_indices(size: int, count: int) -> list[int]:

@@ -35,7 +35,7 @@ def run_options(
 
     Args:
         replay: the caller's own, if any.
-        shares: of a batch's images, by name, where they are no options: checkpoints of other ones are not resumed.
+        shares: what else a batch is drawn by, by name, that is no option: checkpoints of other ones are not resumed.
         base: the frozen weights, of which a part is told apart: of billions all would take minutes.
     """
     names = ("r", "lora_alpha", "lora_dropout", "prior_scale", "init_scale", "variational")

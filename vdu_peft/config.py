@@ -180,11 +180,11 @@ class UnlearnConfig:
             of the forget images, as beside a likelihood: bounded plasticity is a ratio, in no nats, and then 20 images,
             or small ones, would be held by a prior so much stronger that nothing is learned.
         min_forget_timestep: noise forget images at least to this timestep (of 1000). When None, to where it is decided
-            what an image of the model's size shows: with less noise a higher loss only makes samples noisy, with more
-            everything else is lost as well. 200 for a model with a condition; 0 for plasticity ``elbo``.
-        max_forget_timestep: and to less than this one. When None, where the noise is as large as what the run's images
-            differ in most; 1000 for a model with a condition, which is redirected at all noise levels, and for
-            ``elbo``.
+            what an image of the model's size shows: with less noise a higher loss only makes samples noisy. 200 for a
+            model with a condition; 0 for plasticity ``elbo``.
+        max_forget_timestep: and to less than this one. When None, to where the noise is as large as what the replay
+            images differ in most: with more everything else is lost as well. 1000 for a model with a condition, which
+            is redirected at all noise levels, and for ``elbo``.
         forget_class: of a class-conditional model, the label under which it knows the forget images.
         anchor_class: what that label shall draw instead; when None, each time another label at random.
         null_class: the label that stands for no condition, where the model was trained with one: half of the

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -150,11 +151,12 @@ def unlearn(
                 replay, replay_labels, own = own_replay(denoiser, forget, config, retained, title)
         else:
             replay = denoiser.encode(replay)
+        # Processes may round apart, but must draw from one range.
+        (shown_at,) = broadcast_object_list([forget_timesteps(config, denoiser, replay, conditional=bool(classes))])
     except BaseException:  # before the first step: the caller's model is as it was, and can be tried again
         detach(denoiser.model)
         make_trainable_as_before()
         raise
-    shown_at = forget_timesteps(config, denoiser, torch.cat([forget, replay]), conditional=classes is not None)
     source = BatchSource(
         ImageDataset(forget, mirrored),
         replay,
@@ -165,7 +167,7 @@ def unlearn(
         denoiser.num_train_timesteps,
     )
     facts = run_facts(denoiser, len(forget), shown_at, peft_model.active_peft_config.r, classes, config)
-    of_run = (peft_model, denoiser.name, output_dir, facts, history, accelerator)
+    save = partial(save_run, peft_model, denoiser.name, output_dir, facts, history, accelerator)
     if config.report_to and accelerator.is_main_process:
         accelerator.init_trackers("unlearn", config={k: v for k, v in asdict(config).items() if v is not None})
     bar = tqdm(total=config.max_train_steps, initial=len(history), desc="unlearn", disable=bar_off)
@@ -200,7 +202,7 @@ def unlearn(
             # With a gradient scaler an infinite norm is ordinary: it skips the step and lowers the scale.
             finite_gradient = accelerator.scaler is not None or torch.isfinite(torch.as_tensor(grad_norm)).item()
             if not (finite_gradient and torch.isfinite(torch.tensor(list(record.values()))).all()):
-                where = save_run(*of_run, run_status(history, config) if history else None)
+                where = save(run_status(history, config) if history else None)
                 raise UnlearnError(
                     f"step {step + 1}: the loss or its gradient is not finite ({record}); {where}. "
                     "Lower learning_rate, or use mixed_precision no"
@@ -222,7 +224,7 @@ def unlearn(
                 accelerator.wait_for_everyone()
 
     status, strength = run_status(history, config), None
-    save_run(*of_run, status)  # before it is looked what it leaves: an interrupt there loses nothing of the run
+    save(status)  # before it is looked what it leaves: an interrupt there loses nothing of the run
     if own is not None and status not in FAILED:
         with evaluating(denoiser.model), accelerator.autocast():
             strength = calibrate(
@@ -237,7 +239,7 @@ def unlearn(
         (strength,) = broadcast_object_list([strength])  # processes may round apart, but must end with one adapter
         status = run_status(history, config, strength.remaining_share)
         scale_delta(denoiser.model, strength.scale)
-        save_run(*of_run, status, strength)
+        save(status, strength)
     if config.report_to:
         accelerator.end_training()  # takes processes apart, after which they cannot wait for each other
     return UnlearnResult(
