@@ -12,6 +12,7 @@ from statistics import mean
 
 from benchmarks.adapter_cost import NAME as ADAPTER_COST
 from benchmarks.composition import NAME as COMPOSITION
+from benchmarks.deciding import NAME as DECIDING
 from benchmarks.experiment import EXPERIMENTS, RESULTS, ExperimentError, read_experiment
 from benchmarks.experiment_tables import load_results, retrained_u_fids, section
 from benchmarks.results import provenance
@@ -182,6 +183,34 @@ def timesteps_section(records: list[dict]) -> list[str]:
     return [*lines, ""]
 
 
+def deciding_section(records: list[dict]) -> list[str]:
+    """How long an image keeps its class in noise, and where forget images are shown."""
+    first = records[0]
+    lines = [
+        "## Up to how much noise an image keeps its class",
+        "",
+        "`python -m benchmarks.deciding --base ... --classes ...`: the share of 100 forget images that are of their "
+        "class still, by the judge that we did not train, noised to a timestep and drawn again from there by the base "
+        f"model; {first['sampler']}; {provenance(records)}. Forget images are shown by default up to where the noise "
+        f"is as large as what {first['num_samples']} of the model's own samples differ in most, the deviation. Own is "
+        "the class's share of these.",
+        "",
+        "| base | class | own | deviation | shown at | " + " | ".join(first["kept"]) + " |",
+        "|---" * (5 + len(first["kept"])) + "|",
+    ]
+    for record in records:
+        span = f"{record['shown_at'][0]} to {record['shown_at'][1] - 1}"
+        cells = [
+            record["base"],
+            str(record["class"]),
+            f"{record['base_share']:.0%}",
+            f"{record['deviation']:.1f}",
+            span,
+        ]
+        lines.append("| " + " | ".join([*cells, *(f"{share:.0%}" for share in record["kept"].values())]) + " |")
+    return [*lines, ""]
+
+
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experiments_dir", type=Path, default=EXPERIMENTS)
@@ -207,6 +236,7 @@ def main(argv=None) -> int:
         COMPOSITION: composition_section,
         ROBUSTNESS: lambda records: robustness_section(records, args.output_dir),
         TIMESTEPS: timesteps_section,
+        DECIDING: deciding_section,
         TEXT: text_section,
         ATTACKS: attack_section,
     }

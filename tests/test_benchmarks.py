@@ -14,7 +14,17 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from benchmarks import adapter_cost, composition, digits, experiment_tables, robustness, run, tables, timesteps
+from benchmarks import (
+    adapter_cost,
+    composition,
+    deciding,
+    digits,
+    experiment_tables,
+    robustness,
+    run,
+    tables,
+    timesteps,
+)
 from benchmarks.baselines import erasediff, salun, selective_amnesia, siss, vdu
 from benchmarks.baselines.finetune import draw, finetune, gradients, loss, parameters
 from benchmarks.bases import BASES, DEMO, Base, BaseError
@@ -24,13 +34,14 @@ from benchmarks.methods import METHODS, oracle_replay
 from benchmarks.relearning import relearn
 from benchmarks.task import Task
 from vdu_peft.adapter import load_adapter
+from vdu_peft.batch import widest_deviation
 from vdu_peft.config import UnlearnConfig, VDUConfig
 from vdu_peft.demo import base_denoiser, demo_images, demo_judge, demo_samples
 from vdu_peft.denoiser import Denoiser
 from vdu_peft.learning_rate import lr_factor
 from vdu_peft.metrics import frechet_distance, pul_interval
 from vdu_peft.pixels import to_pixels, to_tensor
-from vdu_peft.replay import REPLAY_SEED
+from vdu_peft.replay import REPLAY_SEED, draw_replay, replay_seeds
 
 
 class Scaled(nn.Module):
@@ -369,6 +380,54 @@ def test_a_model_trained_without_a_digit_is_told_from_the_base_by_timestep(small
     assert tables.main([f"--results_dir={tmp_path / 'results'}", f"--output_dir={tmp_path}"]) == 0
     assert f"| 300 | {record['ratios']['300']['forget']:.2f} |" in (tmp_path / "README.md").read_text()
     assert timesteps.main([*folders, "--digits", "4"]) == 2
+
+
+def test_an_image_is_drawn_again_from_its_noise():
+    """By a network that takes every noise for one on a gray image, and so draws that, from however much noise."""
+    seen = []
+
+    class Gray(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, x_t, timesteps):
+            seen.append((x_t, timesteps))
+            alpha, sigma = (
+                x[timesteps].view(-1, 1, 1, 1) for x in (denoiser.schedule.alphas, denoiser.schedule.sigmas)
+            )
+            return (x_t - alpha * 0.5) / sigma
+
+    denoiser = Denoiser(Gray(), DDPMScheduler(), image_size=(8, 8), channels=1)
+    denoiser.batch_size = 2
+    images = torch.linspace(-1, 1, 3).view(3, 1, 1, 1).expand(3, 1, 8, 8)
+    noise = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    for steps_left, start in ((1, 0), (13, 480), (25, 960)):
+        seen.clear()
+        timestep, drawn = deciding.drawn_again(denoiser, images, steps_left)
+        assert timestep == start and len(seen) == 2 * steps_left  # two batches
+        torch.testing.assert_close(seen[0][0], denoiser.add_noise(images, noise, torch.full((3,), start))[:2])
+        torch.testing.assert_close(drawn, torch.full((3, 1, 8, 8), 0.5), atol=1e-4, rtol=0)  # rounding, 25 times
+
+
+def test_deciding_timesteps_are_measured_and_told(small_base, tmp_path, monkeypatch):
+    """Of images that the judge calls by their brightness alone."""
+    base, _ = small_base
+    monkeypatch.setitem(BASES, "small", replace(base, headline=lambda images: (images.mean((1, 2, 3)) > 0).long()))
+    folders = [f"--results_dir={tmp_path / 'results'}", f"--data_dir={tmp_path}"]
+    assert deciding.main([*folders, "--base=small", "--classes", "1", "--num_samples=4"]) == 0
+    record = json.loads((tmp_path / "results" / "deciding" / "small-1.json").read_text())
+    assert list(record["kept"])[:2] == ["0", "80"] and list(record["kept"])[-1] == "960"
+    denoiser = base.denoiser()
+    own = draw_replay(denoiser, replay_seeds(0, 4), num_inference_steps=25)
+    assert record["deviation"] == widest_deviation(own)
+    assert record["base_share"] == (own.mean((1, 2, 3)) > 0).double().mean()
+    assert record["shown_at"] == list(denoiser.schedule.deciding_timesteps(16, record["deviation"]))
+    _, drawn = deciding.drawn_again(denoiser, base.images(1, 100, denoiser, tmp_path).forget, 3)
+    assert record["kept"]["80"] == (base.as_judged(drawn).mean((1, 2, 3)) > 0).double().mean()
+    assert tables.main([f"--results_dir={tmp_path / 'results'}", f"--output_dir={tmp_path}"]) == 0
+    assert f"| small | 1 | {record['base_share']:.0%} |" in (tmp_path / "README.md").read_text()
+    assert deciding.main(["--base=small", "--data_dir=nowhere"]) == 2
 
 
 def test_a_base_s_images_are_the_first_of_their_class(small_base, tmp_path):
