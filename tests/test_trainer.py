@@ -196,6 +196,16 @@ def test_non_finite_loss_keeps_the_last_good_adapter(pipeline_folder, forget, tm
     assert len(json.loads((tmp_path / "out" / "history.json").read_text())) == 2
 
 
+def test_a_model_that_is_not_finite_itself_is_told_at_the_first_step(pipeline_folder, forget, tmp_path):
+    """What it draws of itself to retain is not finite either, and no matter."""
+    denoiser = Denoiser.from_pretrained(pipeline_folder)
+    denoiser.model.conv_out.bias.data.fill_(float("inf"))
+    with pytest.raises(UnlearnError, match="step 1: .*last good step is in .*Look whether the model draws images"):
+        unlearn(denoiser, forget, FAST, output_dir=tmp_path / "out")
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "out").values())
+    assert "| steps | 0 |" in (tmp_path / "out" / "adapter" / "README.md").read_text()
+
+
 def test_silent_failures_are_reported(pipeline_folder, forget):
     # Enough posterior noise to raise the forget loss by itself: it must not pass for learning.
     denoiser = Denoiser.from_pretrained(pipeline_folder)

@@ -203,9 +203,11 @@ def unlearn(
             finite_gradient = accelerator.scaler is not None or torch.isfinite(torch.as_tensor(grad_norm)).item()
             if not (finite_gradient and torch.isfinite(torch.tensor(list(record.values()))).all()):
                 where = save(run_status(history, config) if history else None)
+                # Before the first step the adapter is the model itself.
+                mend = "Lower learning_rate" if history else "Look whether the model draws images as it is"
                 raise UnlearnError(
                     f"step {step + 1}: the loss or its gradient is not finite ({record}); {where}. "
-                    "Lower learning_rate, or use mixed_precision no"
+                    f"{mend}, or use mixed_precision no"
                 )
             optimizer.step()
             optimizer.zero_grad()
