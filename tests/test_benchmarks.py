@@ -1,7 +1,6 @@
-"""The baselines' mathematics on small sizes, and one small experiment from its file to its table."""
+"""Experiments from their files to their tables, and the benchmarks beside them, on small sizes."""
 
 import json
-import math
 import os
 import shutil
 import signal
@@ -19,217 +18,24 @@ from benchmarks import (
     composition,
     deciding,
     digits,
-    experiment_tables,
     robustness,
     run,
     tables,
     timesteps,
 )
-from benchmarks.baselines import erasediff, salun, selective_amnesia, siss, vdu
-from benchmarks.baselines.finetune import draw, finetune, gradients, loss, parameters
 from benchmarks.bases import BASES, DEMO, Base, BaseError
-from benchmarks.experiment import EXPERIMENTS, Entry, Relearning, read_experiment
+from benchmarks.experiment import EXPERIMENTS, read_experiment
 from benchmarks.judges import lenet, resnet20
-from benchmarks.methods import METHODS, oracle_replay
-from benchmarks.relearning import relearn
+from benchmarks.methods import oracle_replay
 from benchmarks.task import Task
 from vdu_peft.adapter import load_adapter
 from vdu_peft.batch import widest_deviation
-from vdu_peft.config import UnlearnConfig, VDUConfig
+from vdu_peft.config import UnlearnConfig
 from vdu_peft.demo import base_denoiser, demo_images, demo_judge, demo_samples
 from vdu_peft.denoiser import Denoiser
-from vdu_peft.learning_rate import lr_factor
-from vdu_peft.metrics import frechet_distance, pul_interval
+from vdu_peft.metrics import frechet_distance
 from vdu_peft.pixels import to_pixels, to_tensor
 from vdu_peft.replay import REPLAY_SEED, draw_replay, replay_seeds
-
-
-class Scaled(nn.Module):
-    """noise_pred = w · x_t + b, one weight each per element: every gradient is known."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.full((1, 2, 2), 0.5))
-        self.bias = nn.Parameter(torch.zeros(1, 2, 2))
-
-    def forward(self, x_t, timesteps):
-        return self.weight * x_t + self.bias
-
-
-@pytest.fixture
-def task():
-    """Forget and retained images that differ, and a model that knows both."""
-    denoiser = Denoiser(Scaled(), DDPMScheduler(), image_size=(2, 2), channels=1)
-    noise = 0.1 * torch.randn(2, 6, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-    task = Task(denoiser, noise[0] + 0.8, noise[1] - 0.2, max_train_steps=3, train_batch_size=4, seed=0)
-    training = replace(task, max_train_steps=300)
-    both = torch.cat([task.forget, task.retain])
-    finetune(training, 1e-2, lambda: gradients(loss(training, draw(both, training)), training))
-    return task
-
-
-def flat(tensors):
-    return torch.cat([t.flatten() for t in tensors])
-
-
-def test_finetune_takes_adam_steps_along_the_gradient(task):
-    """Adam's steps along a constant gradient are of the learning rate's size, against its sign."""
-    before = flat(parameters(task)).detach().clone()
-    outcome = finetune(task, 1e-2, lambda: [torch.ones(1, 2, 2), -torch.ones(1, 2, 2)])
-    distance = 1e-2 * sum(lr_factor(step, 3) for step in range(3))
-    torch.testing.assert_close(flat(parameters(task)) - before, torch.tensor([-distance] * 4 + [distance] * 4))
-    assert outcome[:3] == ("done", 3, 8)
-
-
-def test_finetune_stops_before_a_gradient_that_is_not_finite(task):
-    before, calls = parameters(task)[0].detach().clone(), iter([1.0, float("nan")])
-    outcome = finetune(task, 1e-2, lambda: [torch.full((1, 2, 2), next(calls)), torch.zeros(1, 2, 2)])
-    assert outcome[:2] == ("not finite", 1)
-    torch.testing.assert_close(parameters(task)[0], before - 0.01)
-
-
-ENTRIES = {e.label: e for file in sorted(EXPERIMENTS.glob("*.json")) for e in read_experiment(file).entries}
-
-
-# One entry of each kind: its others differ in strength.
-NOT_TRAINED_HERE = ("vdu_peft", "retrained")
-KINDS = {(e.method, e.options.get("retain", "none")): e for e in ENTRIES.values() if e.method not in NOT_TRAINED_HERE}
-
-
-@pytest.mark.parametrize(("method", "retain"), sorted(KINDS))
-def test_every_baseline_of_an_experiment_forgets(task, method, retain):
-    """Its committed options, but steps that show: the forget loss rises, and of methods that
-    retain it rises against the retained one."""
-    entry = KINDS[method, retain]
-    options = {**entry.options, "learning_rate": 1e-2}
-    if "gamma" in options:
-        # With more, or smaller deviations, the quadratic in parameter space holds so small a model where it is.
-        options |= {"gamma": 1e-4} | ({"std": 0.01} if "std" in options else {})
-    retains = method in ("siss", "selective_amnesia") or retain != "none"
-    task = replace(task, max_train_steps=40)
-
-    def held_out_loss():
-        torch.manual_seed(1)
-        forget, retain = (
-            sum(loss(task, draw(images, task)).item() for _ in range(100)) for images in (task.forget, task.retain)
-        )
-        return forget - retain if retains else forget
-
-    before = held_out_loss()
-    outcome = METHODS[method](task, **options)
-    assert outcome[:2] == ("done", 40) and held_out_loss() > before
-
-
-@pytest.mark.parametrize("label", sorted(label for label, e in ENTRIES.items() if e.method == "vdu_peft"))
-def test_every_run_of_ours_has_options_that_exist(label):
-    options = dict(ENTRIES[label].options)
-    options.pop("oracle_filter", None)
-    VDUConfig(target_modules=["x"], **options.pop("adapter", {}))
-    UnlearnConfig(**options)
-
-
-def test_salun_leaves_what_is_not_salient(task):
-    before = flat(parameters(task)).detach().clone()
-    torch.manual_seed(0)
-    mask = flat(salun.saliency_mask(task))
-    torch.manual_seed(0)
-    salun.salun(task, 1e-2, retain="real")
-    assert torch.equal(flat(parameters(task)) != before, mask.bool())
-
-
-def test_erasediff_lowers_the_forget_loss_at_the_rate_of_eta():
-    retaining, forgetting = [torch.tensor([1.0, -2.0])], [torch.tensor([1.0, 1.0])]  # they conflict
-    (step,) = erasediff.constrained(retaining, forgetting, eta=0.1)
-    torch.testing.assert_close(step @ forgetting[0], 0.1 * forgetting[0].square().sum())
-    agreeing = [torch.tensor([3.0, 3.0])]
-    torch.testing.assert_close(erasediff.constrained(agreeing, forgetting, eta=0.1), agreeing)
-
-
-def test_siss_estimates_both_losses_without_bias(task):
-    """The importance-weighted estimates have the mean of the plain losses; compared in standard errors."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        mixture = torch.tensor([siss.importance_losses(task) for _ in range(2000)])
-        plain = torch.tensor(
-            [[loss(task, draw(images, task)) for images in (task.retain, task.forget)] for _ in range(2000)]
-        )
-    error = ((mixture.var(0) + plain.var(0)) / 2000).sqrt()
-    assert ((mixture.mean(0) - plain.mean(0)).abs() < 4 * error).all()
-    assert (mixture.mean(0) - plain.mean(0).flip(0)).abs().min() > 4 * error.max()  # and not the other way round
-
-
-def test_siss_scales_the_subtracted_gradient():
-    retaining, forgetting = [torch.tensor([3.0, 4.0])], [torch.tensor([0.0, 2.0])]
-    torch.testing.assert_close(siss.subtracted(retaining, forgetting, 0.1), [torch.tensor([3.0, 3.5])])
-
-
-def test_salun_masks_the_half_of_least_gradient(task):
-    torch.manual_seed(1)
-    mask = salun.saliency_mask(task)
-    torch.manual_seed(0)
-    total = sum(flat(gradients(loss(task, draw(task.forget, task)), task)) for _ in range(5000))
-    # The order of the mean gradients' sizes over many batches; the mask, of few, must agree on the clear ones.
-    order = total.abs().argsort(descending=True)
-    assert flat(mask)[order[:2]].all() and not flat(mask)[order[-2:]].any() and flat(mask).sum() == 4
-
-
-def test_fisher_is_the_mean_squared_gradient_of_single_images(task):
-    torch.manual_seed(0)
-    information = selective_amnesia.fisher(task, task.retain)
-    torch.manual_seed(0)
-    single = Task(task.denoiser, task.retain, task.retain, 0, 1, 0)
-    weight, bias = parameters(task)
-    expected = torch.zeros(8)
-    for _ in range(selective_amnesia.FISHER_SAMPLES):
-        batch = draw(single.retain, single)
-        error = (weight * batch.x_t + bias - batch.noise)[0, 0].detach()
-        # loss = mean over 4 elements of (w x + b − ε)²
-        expected += flat([(error * batch.x_t[0, 0] / 2).square(), (error / 2).square()])
-    torch.testing.assert_close(flat(information), expected / selective_amnesia.FISHER_SAMPLES)
-
-
-def test_ewc_takes_the_gradient_of_its_stated_loss(task):
-    """−ℓ(forget) + ℓ(replay) + fisher_weight Σ F (θ − θ*)² / 2 by autograd, against what Adam is given."""
-    noise = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(3))
-    means = [torch.full((1, 2, 2), 0.3), torch.full((1, 2, 2), -0.1)]
-    information = [torch.rand(1, 2, 2), torch.rand(1, 2, 2)]
-    torch.manual_seed(5)
-    given = selective_amnesia.penalised(task, noise, means, information, 7.0)
-    torch.manual_seed(5)
-    value = loss(task, draw(noise, task)) - loss(task, draw(task.forget, task))
-    quadratic = [f * (p - m).square() / 2 for f, p, m in zip(information, parameters(task), means, strict=True)]
-    expected = torch.autograd.grad(value + 7.0 * sum(q.sum() for q in quadratic), parameters(task))
-    torch.testing.assert_close(given, list(expected))
-
-
-def test_vdu_holds_every_weight_by_its_own_variance(task):
-    """One weight with hardly any variance, all others free: it alone stays."""
-    tight = [torch.full_like(p, 1e6) for p in parameters(task)]
-    tight[0][0, 0, 0] = 1e-12
-    before = flat(parameters(task)).detach().clone()
-    vdu.with_variance(replace(task, max_train_steps=40), 1e-2, 0.5, tight)
-    moved = (flat(parameters(task)) - before).abs()
-    assert moved[0] < 1e-3 and moved[1:].min() > 1e-2
-
-
-def test_vdu_checkpoints_leave_the_model_alone_and_give_their_variance(task):
-    before = flat(parameters(task)).detach().clone()
-    weights = vdu.checkpoint_weights(task)
-    assert torch.equal(flat(parameters(task)), before)
-    stacked = torch.stack([flat(w) for w in weights])
-    expected = ((stacked - stacked.mean(0)).square().sum(0) / 2).clamp_min(1e-12)
-    torch.testing.assert_close(flat(vdu.variance(weights)), expected)
-
-
-def test_vdu_gradient_is_that_of_the_paper_s_loss():
-    weight = torch.tensor([0.3, -0.2], dtype=torch.float64, requires_grad=True)
-    mean, variance = torch.tensor([0.1, 0.1]).double(), torch.tensor([0.5, 2.0]).double()
-    ascent = -weight.square().sum()
-    value = 0.7 * ascent + 0.3 * ((weight - mean).square() / (2 * variance)).sum() / 5
-    expected = torch.autograd.grad(value, weight, retain_graph=True)
-    given = torch.autograd.grad(ascent, weight)
-    torch.testing.assert_close(tuple(vdu.weighted(given, [weight.detach()], [mean], [variance], 0.3, 5)), expected)
-
 
 RELEARNING = {"source": "forget", "num_images": 1, "learning_rate": 1e-4, "steps": [1, 2], "num_samples": 9}
 
@@ -526,22 +332,6 @@ def test_the_judges_read_real_images_at_both_sizes(size):
         assert (labels == images.reference_labels).float().mean() > 0.975
 
 
-def test_a_table_of_one_method_sums_up_by_number_of_forget_images():
-    def record(images, pul):
-        report = {"pul": pul, "u_fid_after": 1.0, "fid_before": 1.0, "kid_after": 1.0, "precision": 1.0, "recall": 1.0}
-        report |= {"histogram_before": [0.5, 0.5], "histogram_after": [0.1, 0.9], "retained_distance": 0.0}
-        report |= {"num_samples": 10}
-        spec = {"base": "mnist", "forget_class": 0, "num_forget_images": images, "seed": 0}
-        headline = {"pul": pul, "share_before": 0.5, "share_after": 0.1}
-        return {"spec": spec, "report": report, "headline": headline, "status": "forgotten"}
-
-    rows = experiment_tables.class_table([record(8, 50.0), record(8, 60.0), record(8, 61.0), record(32, 90.0)], {})
-    summaries = {tuple(cell.strip() for cell in row.split("|")[1:3]): row.split("|")[7].strip() for row in rows[6:]}
-    assert summaries["mean", "8"] == "57.0" and summaries["median", "8"] == "60.0"
-    assert summaries["worst", "8"] == "50.0"
-    assert ("mean", "32") not in summaries  # of one run there is nothing to sum up
-
-
 def test_what_an_adapter_costs_is_measured_and_shown(tmp_path):
     adapter_cost.main(["--repeats=2", f"--results_dir={tmp_path}"])
     record = json.loads((tmp_path / adapter_cost.NAME).read_text())
@@ -639,63 +429,6 @@ def test_scaled_and_rounded_adapters_are_measured_and_shown(tmp_path, monkeypatc
     file.unlink()
     robustness.main(arguments)
     assert capsys.readouterr().out.split() == ["3", "7"]
-
-
-def test_tables_take_the_best_of_a_grid():
-    def best(**figures):
-        found = {}
-        for label, (ratio, pul) in figures.items():
-            record = {"headline": {"pul": pul}, "report": {"u_fid_after": ratio, "fid_before": 1.0}}
-            found[Entry(label, "siss", "", {}, "grid")] = [record]
-        return [entry.label for entry in experiment_tables.best_of_groups(found)]
-
-    assert best(weak=(1.0, 50.0), good=(1.5, 90.0), ruin=(9.0, 100.0)) == ["good"]
-    assert best(bad=(5.0, 50.0), ruin=(9.0, 100.0), broken=(float("nan"), 100.0)) == ["bad"]
-
-
-def test_u_fid_is_compared_with_the_retrained_model_of_the_same_base_and_class():
-    def record(base, forget_class, u_fid, method="vdu_peft"):
-        spec = {"base": base, "forget_class": forget_class, "method": method}
-        return {"spec": spec, "report": {"u_fid_after": u_fid}}
-
-    gold = [record("mnist", 1, 4.0, "retrained"), record("mnist", 1, 6.0, "retrained")]
-    retrained = experiment_tables.retrained_u_fids(
-        [*gold, record("mnist16", 1, 50.0, "retrained"), record("mnist", 1, 99.0)]
-    )
-    assert retrained == {("mnist", 1): 5.0, ("mnist16", 1): 50.0}
-    records = [record("mnist", 1, 10.0), record("mnist", 2, 10.0)]
-    value, form = experiment_tables.columns_of(records, retrained)["over retrained"]
-    assert value(records[0]) == 2.0 and math.isnan(value(records[1]))
-    assert experiment_tables.cell([value(r) for r in records], form) == "2.00"
-    assert experiment_tables.cell([math.nan], form) == ""
-    assert "over retrained" not in experiment_tables.columns_of(records[1:], retrained)
-
-
-def test_the_interval_of_several_runs_is_that_of_their_samples_together():
-    def record(before, after, num_samples):
-        headline = {"share_before": before / num_samples, "share_after": after / num_samples}
-        return {"headline": headline, "report": {"num_samples": num_samples}}
-
-    low, high = pul_interval(150, 7, 1500, 1500)
-    assert experiment_tables.pooled_interval([record(100, 7, 1000), record(50, 0, 500)]) == f"{low:.0f} to {high:.0f}"
-
-
-def test_relearning_that_breaks_off_says_so(task):
-    """Weights that are not finite: no step is reached."""
-    task.denoiser.model.weight.data[:] = float("nan")
-    shares = relearn(task, Relearning("retain", 3, 1e-4, [1, 2], 2), 0, DEMO)
-    assert len(shares) == 2 and all(map(math.isnan, shares))
-
-
-def test_when_half_of_the_share_is_back():
-    assert experiment_tables.half_back([0.0, 0.02, 0.06, 0.2], [5, 10, 20], 0.12) == "by step 10"
-    assert experiment_tables.half_back([0.0, 0.02, 0.05, 0.059], [5, 10, 20], 0.12) == "not in 20"
-    assert experiment_tables.half_back([0.07, 0.0], [5], 0.12) == "by step 0"
-
-
-def test_least_kept_ignores_the_forgotten_class():
-    report = {"histogram_before": [0.5, 0.25, 0.25, 0.0], "histogram_after": [0.0, 0.5, 0.1, 0.4]}
-    assert experiment_tables.least_kept({"spec": {"forget_class": 0}, "report": report}) == pytest.approx(0.4)
 
 
 def test_resnet20_s_layers_see_what_they_were_trained_on():
