@@ -68,6 +68,7 @@ class ResNet20(nn.Module):
 
     num_features, num_classes = 64, 10
     image_size, channels = (32, 32), 3
+    class_names = None
 
     def __init__(self):
         super().__init__()

@@ -124,6 +124,10 @@ def test_of_many_classes_the_forgotten_one_and_those_drawn_most_are_shown(tmp_pa
     assert Image.open(tmp_path / "histogram.png").width == 600
     ten = Report(**figures | {"histogram_before": [0.1] * 10, "histogram_after": [0.1] * 10, "forget_class": 3})
     assert ten.shown_classes == list(range(10))
+    named = dataclasses.replace(report, class_names=[f"kind{i}" for i in range(1000)])
+    assert named.lines()[0].startswith("share of 7 kind7: ")
+    assert named.lines()[-1] == "where " + ", ".join(f"{c} is kind{c}" for c in shown)
+    histogram_plot(named, tmp_path / "named.png")
 
 
 def test_a_forgotten_class_is_measured_with_a_pretrained_judge(pipeline_folder, tmp_path, capsys, caplog):
@@ -154,7 +158,12 @@ def test_a_forgotten_class_is_measured_with_a_pretrained_judge(pipeline_folder, 
     seen = PretrainedJudge.from_pretrained(str(folder)).judge(pixels)[1]
     np.savez(tmp_path / "test.npz", images=images, labels=seen.numpy())
     caplog.clear()
+    config = ResNetConfig.from_pretrained(folder)
+    config.id2label = {i: f"kind {i}, or another word for it" for i in range(NUM_CLASSES)}
+    config.save_pretrained(folder)
     other = (int(seen[0]) + 1) % NUM_CLASSES
     assert main([*evaluate, f"--judge={folder}", f"--forget_class={other}", "--overwrite"]) == 0
     assert "judge: gives only" not in caplog.text
-    assert json.loads((tmp_path / "report" / "report.json").read_text())["judge_accuracy"] == 1
+    assert f"share of {other} kind {other}: " in capsys.readouterr().out
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["judge_accuracy"] == 1 and report["class_names"][other] == f"kind {other}"

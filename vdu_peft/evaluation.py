@@ -64,6 +64,7 @@ class Report:
         histogram_before, histogram_after: share of every class.
         loss_gap_before, loss_gap_after: denoising loss of held-out forget images minus that of retained ones, mean over
             elements; how far the likelihood has moved, where the shares tell what is drawn.
+        class_names: the judge's, where it has any.
     """
 
     forget_class: int
@@ -84,6 +85,7 @@ class Report:
     histogram_after: list[float]
     loss_gap_before: float
     loss_gap_after: float
+    class_names: list[str] | None = None
 
     @property
     def shown_classes(self) -> list[int]:
@@ -97,11 +99,15 @@ class Report:
         count = len(self.histogram_before)
         return f"  (of {count} classes)" if count > SHOWN_CLASSES else ""
 
+    def named(self, label: int) -> str:
+        """A class by its number and, where it has one, its name."""
+        return f"{label} {self.class_names[label]}" if self.class_names else str(label)
+
     def lines(self) -> list[str]:
         """The report for a person to read."""
         low, high = self.pul_interval
         rows = [
-            f"share of {self.forget_class}: {self.share_before:.1%} -> {self.share_after:.1%}, "
+            f"share of {self.named(self.forget_class)}: {self.share_before:.1%} -> {self.share_after:.1%}, "
             f"PUL {self.pul:.1f} % (95 % interval {low:.1f} to {high:.1f}), {self.num_samples} samples",
             f"u-FID (judge features): {self.u_fid_before:.1f} -> {self.u_fid_after:.1f} "
             f"(base against all classes {self.fid_before:.1f}); KID {self.kid_before:.3f} -> {self.kid_after:.3f}",
@@ -113,6 +119,8 @@ class Report:
         ]
         for title, shares in (("before", self.histogram_before), ("after", self.histogram_after)):
             rows.append(f"{title:<8}" + "".join(f"{shares[c]:>7.1%}" for c in self.shown_classes))
+        if self.class_names:
+            rows.append("where " + ", ".join(f"{c} is {self.class_names[c]}" for c in self.shown_classes))
         return rows
 
     def save(self, folder: Path, samples: dict[str, torch.Tensor], **context) -> None:
@@ -187,6 +195,7 @@ def evaluate(
         histogram_after=shares_after.tolist(),
         loss_gap_before=loss_gaps[0],
         loss_gap_after=loss_gaps[1],
+        class_names=judge.class_names,
     )
 
 
@@ -257,14 +266,16 @@ def histogram_plot(report: Report, file: Path) -> None:
     """Share of every class that is shown, before and after."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 3), layout="constrained")
+    figure = Figure(figsize=(6, 5 if report.class_names else 3), layout="constrained")
     axes = figure.subplots()
     shown = report.shown_classes
     places = np.arange(len(shown))
     axes.bar(places - 0.2, [report.histogram_before[c] for c in shown], 0.4, label="before")
     after = [report.histogram_after[c] for c in shown]
-    axes.bar(places + 0.2, after, 0.4, label=f"after forgetting {report.forget_class}")
-    axes.set(xlabel="class", ylabel="share of samples", xticks=places, xticklabels=shown)
+    axes.bar(places + 0.2, after, 0.4, label=f"after forgetting {report.named(report.forget_class)}")
+    axes.set(xlabel="class", ylabel="share of samples", xticks=places, xticklabels=map(report.named, shown))
+    if report.class_names:
+        axes.tick_params("x", rotation=90)
     figure.legend(loc="outside upper center", ncols=2)  # over the axes, where it hides no bar
     figure.savefig(file, dpi=100)
 

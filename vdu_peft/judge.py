@@ -26,6 +26,7 @@ class Judge(nn.Module):
 
     num_features = 64
     image_size, channels = (28, 28), 1
+    class_names = None
 
     def __init__(self, num_classes: int = 10):
         super().__init__()
@@ -84,6 +85,9 @@ class PretrainedJudge(nn.Module):
         self.model, self.processor = model.float().eval(), processor
         self.num_classes = model.config.num_labels
         self.channels = getattr(model.config, "num_channels", 3)
+        # ImageNet's hold synonyms, after commas; those that a config makes up say nothing.
+        names = [model.config.id2label[i].split(",")[0] for i in range(self.num_classes)]
+        self.class_names = None if names == [f"LABEL_{i}" for i in range(self.num_classes)] else names
         layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == self.num_classes]
         if not layers:
             raise JudgeError(f"{type(model).__name__}: no linear layer gives its {self.num_classes} classes")
