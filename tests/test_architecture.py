@@ -33,7 +33,7 @@ ALLOWED = {
     "processes": {"config"},
     "likeness": {"denoiser"},
     "replay": {"config", "denoiser", "likeness", "precision"},
-    "strength": {"adapter", "contexts", "denoiser", "likeness", "replay"},
+    "strength": {"adapter", "contexts", "denoiser", "likeness", "objective", "replay"},
     "checkpoint": {"adapter", "config"},
     "classes": {"config", "denoiser"},
     "history": {"config"},

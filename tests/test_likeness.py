@@ -100,7 +100,7 @@ def test_what_an_adapter_leaves_less_plain_is_counted(two_kinds, monkeypatch):
         report, _ = evaluate_likeness(denoiser, forget, num_samples=60, num_inference_steps=20, seed=3)
         assert report.share_before > 0.3
         assert report.share_after == (report.share_before if all_left else 0)
-        own = OwnAlike(likeness(second), image_seeds(3, 40), noise_seed=0)
+        own = OwnAlike(likeness(second), image_seeds(3, 40), [], noise_seed=0)
         left = calibrate(denoiser, own, tolerance=0.0, max_scale=1.0, num_inference_steps=20)
         assert left.remaining == (40 if all_left else 0)
 

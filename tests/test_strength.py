@@ -7,23 +7,21 @@ from conftest import is_first
 
 from vdu_peft import VDUConfig
 from vdu_peft import replay as replay_module
+from vdu_peft import strength as strength_module
 from vdu_peft.adapter import attach
 from vdu_peft.contexts import adapter_scale
 from vdu_peft.denoiser import image_seeds
 from vdu_peft.likeness import own_likeness
 from vdu_peft.replay import own_alike
-from vdu_peft.strength import Strength, calibrate, scale_delta
-
-ODDS = {"target_modules": ["odds"], "r": 1, "lora_alpha": 1}
+from vdu_peft.strength import Strength, calibrate, own_losses, scale_delta
 
 
 def with_delta(denoiser, delta):
-    """The denoiser with an adapter that adds ``delta`` to the log odds of its first kind, and that layer."""
-    attach(denoiser.model, VDUConfig(**ODDS))
+    """The denoiser with an adapter that adds ``delta`` to the log odds of its first kind."""
+    attach(denoiser.model, VDUConfig(target_modules=["odds"], r=1, lora_alpha=1))
     layer = denoiser.model.odds
     layer.lora_A["default"].weight.data.fill_(1)
     layer.lora_B["default"].weight.data.fill_(delta)
-    return layer
 
 
 @pytest.mark.parametrize(
@@ -78,6 +76,53 @@ def test_what_is_drawn_again_is_neither_too_few_nor_too_many(two_kinds):
     # Of samples that are no numbers none is forgotten.
     denoiser.model.odds.lora_B["default"].weight.data.fill_(float("nan"))
     assert calibrated(denoiser, own).remaining == 200
+
+
+@pytest.mark.parametrize(
+    ("losses", "scale"),
+    [([1.0, 1.01, 1.02], 1.5), ([1.0, 1.01, 1.03], 1.25), ([1.0, 1.03], 1.0), ([1.0, math.nan], 1.0)],
+)
+def test_a_delta_is_scaled_no_further_than_what_else_is_drawn_stays_plausible(two_kinds, monkeypatch, losses, scale):
+    """Of what did not look like the forget images, each time what the adapter makes of it at that scale."""
+    denoiser, forget = two_kinds
+    seeds = image_seeds(1, 300)
+    samples = denoiser.sample(300, seed=seeds, num_inference_steps=20)
+    own = own_alike(*own_likeness(denoiser, forget, samples, None, seed=0), seeds, noise_seed=0)
+    assert len(own.others) == 150 and {*own.others} < {*seeds} - {*own.seeds}
+    with_delta(denoiser, -2.0)
+    monkeypatch.setattr(strength_module, "STAYING", 0.9)  # else so few are no help from some scale on
+    told, images = iter(losses), []
+
+    def one_after_the_other(denoiser, drawn, seed):
+        images.append(drawn)
+        return next(told) * torch.tensor([1.0, 0.5])
+
+    monkeypatch.setattr(strength_module, "own_losses", one_after_the_other)
+    strength = calibrate(denoiser, own, tolerance=0.0, max_scale=1.5, num_inference_steps=20)
+    assert strength.scale == scale and len(images) == len(losses)
+    for again, at in zip(images, (1.0, 1.25, 1.5), strict=False):
+        with adapter_scale(denoiser.model, at):
+            expected = denoiser.sample(150, seed=own.others, num_inference_steps=20)
+        torch.testing.assert_close(again, expected, atol=0.1, rtol=0)  # bfloat16 where the CPU can
+
+
+def test_losses_are_the_mean_of_single_images(two_kinds):
+    denoiser, _ = two_kinds
+    denoiser.batch_size = 2
+    images = denoiser.sample(5, seed=0, num_inference_steps=10)
+    generator = torch.Generator().manual_seed(3)
+    expected = []
+    for t in (50, 150, 300):
+        noise = torch.cat([torch.randn(n, 1, 8, 8, generator=generator) for n in (2, 2, 1)])
+        each = []
+        for image, eps in zip(images, noise, strict=True):
+            alpha, sigma = denoiser.schedule.alphas[t], denoiser.schedule.sigmas[t]
+            with torch.no_grad():
+                each.append(
+                    (denoiser.model((alpha * image + sigma * eps)[None], torch.tensor([t])) - eps).square().mean()
+                )
+        expected.append(torch.stack(each).mean())
+    torch.testing.assert_close(own_losses(denoiser, images, seed=3), torch.stack(expected))
 
 
 @pytest.mark.parametrize(

@@ -22,22 +22,25 @@ REPLAY_SEED = 7919
 # ``reciprocal`` ends where the loss is 1 / sqrt(p * stability_weight) times the original. At a tenth, where the
 # defaults were chosen, that spares what is near the concept; at a quarter too little is forgotten.
 MAX_HELD_SHARE = 0.1
-# Of what looks like them more need not be drawn again.
+# Of what looks like them, and of what does not, more need not be drawn again.
 MAX_ALIKE = 200
+MAX_OTHERS = 150
 
 
 @dataclass(frozen=True)
 class OwnAlike:
-    """The pre-trained model's own samples that look like the forget images, at most MAX_ALIKE of them.
+    """The pre-trained model's own samples that look like the forget images, and some that do not.
 
     Attributes:
         likeness: what tells them.
-        seeds: that each was drawn from.
+        seeds: that each that looks like them was drawn from; at most MAX_ALIKE.
+        others: that each other was drawn from; at most MAX_OTHERS.
         noise_seed: of the features' noise.
     """
 
     likeness: Likeness
     seeds: list[int]
+    others: list[int]
     noise_seed: int
 
 
@@ -124,15 +127,17 @@ def draw_replay(
 
 
 def own_alike(likeness: Likeness, scores: torch.Tensor, seeds: Sequence[int], noise_seed: int) -> OwnAlike:
-    """Those of an unconditional model's own samples that look like the forget images.
+    """Which of an unconditional model's own samples look like the forget images.
 
     Args:
         scores: (N,) of the samples, and
         seeds: (N,), that each was drawn from.
         noise_seed: of the likeness's features.
     """
-    alike = (scores > likeness.threshold()).nonzero().flatten().tolist()
-    return OwnAlike(likeness, [seeds[i] for i in alike][:MAX_ALIKE], noise_seed)
+    of_kind: dict[bool, list[int]] = {True: [], False: []}
+    for seed, alike in zip(seeds, (scores > likeness.threshold()).tolist(), strict=True):
+        of_kind[alike].append(seed)
+    return OwnAlike(likeness, of_kind[True][:MAX_ALIKE], of_kind[False][:MAX_OTHERS], noise_seed)
 
 
 def drop_forget_like(
