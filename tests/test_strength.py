@@ -132,7 +132,7 @@ def test_losses_are_the_mean_of_single_images(two_kinds):
 def test_two_may_always_remain(num_alike, remaining, tolerance, enough):
     strength = Strength(1.0, num_alike, remaining, tolerance)
     assert strength.enough == enough
-    assert strength.remaining_share == (remaining / num_alike if num_alike >= 10 else 0)
+    assert strength.remaining_share == (remaining / num_alike if num_alike >= 10 else None)
 
 
 @pytest.mark.parametrize("variational", [True, False])

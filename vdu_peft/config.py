@@ -209,8 +209,9 @@ class UnlearnConfig:
             for a model with a condition, where the concept must not be held under other conditions.
         forget_tolerance: of the model's own samples that look like the forget images, the share that may still do so,
             even if less plainly, when the adapter draws them again (two always may). While more do, the delta is scaled
-            up, to twice at most and only as far as that helps; 1 leaves it as it was learned. Not looked at with fewer
-            than ten such samples, a single forget image, given replay, or a condition.
+            up, to twice at most and only as far as that helps and what else it draws stays as plausible to the
+            pre-trained model; 1 leaves it as it was learned. Not looked at with fewer than ten such samples, a single
+            forget image, given replay, or a condition.
         early_stopping: once the forget target holds, let the learning rate fall to 0 over a fifth of
             ``max_train_steps`` and stop; not where a class or prompt is redirected, which has no target value.
         checkpointing_steps: save every so many steps; 0 never.

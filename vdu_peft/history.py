@@ -44,11 +44,12 @@ def collapsed(history: list[dict[str, float]]) -> bool:
     return len(history) >= WINDOW and recent(history, "stability") > COLLAPSE
 
 
-def run_status(history: list[dict[str, float]], config: UnlearnConfig, remaining_share: float = 0.0) -> str:
+def run_status(history: list[dict[str, float]], config: UnlearnConfig, remaining_share: float | None = None) -> str:
     """``forgotten``, ``partly forgotten``, or one of FAILED, which would else pass in silence.
 
     Args:
-        remaining_share: of the model's own samples that looked like the forget images, those that still do.
+        remaining_share: of the model's own samples that looked like the forget images, those that still do; None where
+            that is not known.
     """
     if recent(history, "stability") > COLLAPSE:
         return "collapsed"
@@ -59,7 +60,10 @@ def run_status(history: list[dict[str, float]], config: UnlearnConfig, remaining
         left = recent(history, "redirect") / max(recent(history[:WINDOW], "redirect"), 1e-12)
     if ratio < NOTHING_LEARNED * history[0]["forget_ratio"] and left > 1 / NOTHING_LEARNED:
         return "nothing learned"
-    if remaining_share > 0.5:  # whatever the loss is
+    # What is drawn counts for more than the loss: many forget images go at a lower one than few.
+    if remaining_share is not None and remaining_share > 0.5:
         return "partly forgotten"
+    if remaining_share is not None and remaining_share <= config.forget_tolerance:
+        return "forgotten"
     # Half of the way to the target: where samples of the concept have gone in practice.
     return "forgotten" if ratio >= (1 + config.forget_target) / 2 or left <= 0.5 else "partly forgotten"

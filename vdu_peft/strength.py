@@ -46,9 +46,9 @@ class Strength:
     tolerance: float
 
     @property
-    def remaining_share(self) -> float:
-        """0 where too few are alike to tell."""
-        return self.remaining / self.num_alike if self.num_alike >= MIN_ALIKE else 0.0
+    def remaining_share(self) -> float | None:
+        """None where too few are alike to tell."""
+        return self.remaining / self.num_alike if self.num_alike >= MIN_ALIKE else None
 
     @property
     def enough(self) -> bool:
