@@ -17,20 +17,16 @@ from benchmarks.experiment import RESULTS
 from benchmarks.results import write_result
 from benchmarks.run import code_version, environment
 from vdu_peft.denoiser import Denoiser
-from vdu_peft.objective import denoising_loss
+from vdu_peft.image_losses import image_losses
 
 NAME = "timesteps"
 BASE = BASES["mnist16"]
 TIMESTEPS = (20, 50, 100, 150, 200, 250, 300, 400, 500, 600, 700, 800, 900)
 
 
-@torch.no_grad()
 def loss_ratio(retrained: Denoiser, base: Denoiser, images: torch.Tensor, timestep: int) -> float:
     """Mean over images of the retrained model's denoising loss relative to the base's, at the same noise."""
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(timestep)).to(base.device)
-    images, timesteps = images.to(base.device), torch.full((len(images),), timestep, device=base.device)
-    x_t = base.add_noise(images, noise, timesteps)
-    losses = [denoising_loss(model.noise_pred(x_t, timesteps), noise) for model in (retrained, base)]
+    losses = [image_losses(model, images, [timestep], seed=timestep) for model in (retrained, base)]
     return (losses[0] / losses[1]).mean().item()
 
 

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 
 from vdu_peft.config import ConfigError
 from vdu_peft.denoiser import Denoiser
+from vdu_peft.image_losses import image_losses
 from vdu_peft.judge import Judge, PretrainedJudge
 from vdu_peft.metrics import (
     class_shares,
@@ -24,7 +25,6 @@ from vdu_peft.metrics import (
     pul_interval,
     retained_distance,
 )
-from vdu_peft.objective import denoising_loss
 from vdu_peft.pixels import to_pixels
 from vdu_peft.version import __version__
 
@@ -199,7 +199,6 @@ def evaluate(
     )
 
 
-@torch.no_grad()
 def held_out_loss_gap(
     denoiser: Denoiser, images: torch.Tensor, labels: torch.Tensor, forget_class: int, seed: int
 ) -> float:
@@ -210,17 +209,8 @@ def held_out_loss_gap(
     """
     stride = -(-len(images) // LOSS_IMAGES)
     images, labels = denoiser.encode(images[::stride]), labels[::stride]
-    generator = torch.Generator().manual_seed(seed)
-    losses = torch.zeros(len(images))
-    for index in range(LOSS_TIMESTEPS):
-        t = int((index + 0.5) / LOSS_TIMESTEPS * denoiser.num_train_timesteps)
-        noise = torch.randn(images.shape, generator=generator)
-        for rows in torch.arange(len(images)).split(denoiser.batch_size):
-            timesteps = torch.full((len(rows),), t)
-            x_t = denoiser.add_noise(images[rows], noise[rows], timesteps).to(denoiser.device)
-            condition = labels[rows].to(denoiser.device) if denoiser.num_classes else None
-            noise_pred = denoiser.noise_pred(x_t, timesteps.to(denoiser.device), condition).cpu()
-            losses[rows] += denoising_loss(noise_pred, noise[rows]) / LOSS_TIMESTEPS
+    timesteps = [int((i + 0.5) / LOSS_TIMESTEPS * denoiser.num_train_timesteps) for i in range(LOSS_TIMESTEPS)]
+    losses = image_losses(denoiser, images, timesteps, seed, labels if denoiser.num_classes else None).mean(1)
     return loss_gap(losses, labels, forget_class)
 
 

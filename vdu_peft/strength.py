@@ -9,8 +9,8 @@ from torch import nn
 from vdu_peft.adapter import variational_layers
 from vdu_peft.contexts import adapter_scale
 from vdu_peft.denoiser import Denoiser
+from vdu_peft.image_losses import image_losses
 from vdu_peft.likeness import likeness_features
-from vdu_peft.objective import denoising_loss
 from vdu_peft.replay import OwnAlike, draw_replay
 
 # Twice the delta is further than what was learned at its own scale can be trusted.
@@ -121,7 +121,6 @@ def calibrate(
     return best
 
 
-@torch.no_grad()
 def own_losses(denoiser: Denoiser, images: torch.Tensor, seed: int) -> torch.Tensor:
     """The model's mean denoising loss on encoded images (N, C, H, W) at each of COST_TIMESTEPS, (T,) float32.
 
@@ -130,18 +129,8 @@ def own_losses(denoiser: Denoiser, images: torch.Tensor, seed: int) -> torch.Ten
     Args:
         seed: of the noise.
     """
-    generator = torch.Generator().manual_seed(seed)
-    losses = []
-    for t in COST_TIMESTEPS:
-        total = 0.0
-        for batch in images.split(denoiser.batch_size):
-            noise = torch.randn(batch.shape, generator=generator)
-            timesteps = torch.full((len(batch),), t * denoiser.num_train_timesteps // 1000)
-            x_t = denoiser.add_noise(batch, noise, timesteps).to(denoiser.device)
-            noise_pred = denoiser.noise_pred(x_t, timesteps.to(denoiser.device))
-            total += denoising_loss(noise_pred, noise.to(denoiser.device)).sum().item()
-        losses.append(total / len(images))
-    return torch.tensor(losses)
+    timesteps = [t * denoiser.num_train_timesteps // 1000 for t in COST_TIMESTEPS]
+    return image_losses(denoiser, images, timesteps, seed).mean(0)
 
 
 def scale_delta(model: nn.Module, scale: float, adapter_name: str = "default") -> None:
