@@ -441,7 +441,7 @@ save_file(images, out)
 def test_demo_runs_whole_and_stock_libraries_draw_what_we_draw(tmp_path, capsys):
     """Few steps and 100 rough samples: that every part of the demo works, not that the digit is gone."""
     out = tmp_path / "demo"
-    options = ["--num-samples=100", "--max_train_steps=3", "--learning_rate=0.02", "--replay_size=32"]
+    options = ["--num_samples=100", "--max_train_steps=3", "--learning_rate=0.02", "--replay_size=32"]
     options += ["--num_inference_steps=5", "--replay_inference_steps=5"]
     out.mkdir()
     (out / "kept").touch()

@@ -207,10 +207,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     sub = command(
         "demo",
         "Forget one digit of the MNIST model that ships with the package.",
-        "vdu-peft demo --forget-digit 1 --output_dir demo",
+        "vdu-peft demo --forget_digit 1 --output_dir demo",
     )
-    sub.add_argument("--forget-digit", type=int, default=1, choices=range(10))
-    sub.add_argument("--num-samples", type=int, default=200, help="samples before and after, for the report")
+    sub.add_argument("--forget_digit", type=int, default=1, choices=range(10))
+    sub.add_argument("--num_samples", type=int, default=200, help="samples before and after, for the report")
     sub.add_argument("--num_inference_steps", type=int, default=25)
     sub.add_argument("--output_dir", type=Path, default=Path("demo"))
     sub.add_argument("--overwrite", action="store_true", help="write into an output_dir that is not empty")
