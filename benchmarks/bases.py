@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -139,10 +139,18 @@ BASES = {
     "cifar10": Base(
         MODELS / "cifar10" / "ddpm",
         "cifar10_1k_per_class.npz",
-        judge=resnet20,
+        judge=partial(resnet20, "cifar10"),
         judge_name="ResNet-20",
-        headline=lambda images: resnet20().judge(images)[1],
+        headline=lambda images: resnet20("cifar10").judge(images)[1],
         headline_name="ResNet-20",
+    ),
+    "tiny-imagenet": Base(
+        MODELS / "tiny-imagenet" / "ddpm",
+        "tinyimagenet64_10class.npz",
+        judge=partial(resnet20, "tiny_imagenet"),
+        judge_name="our ResNet-20",
+        headline=lambda images: resnet20("tiny_imagenet").judge(images)[1],
+        headline_name="our ResNet-20",
     ),
 }
 DEMO = BASES["mnist"]

@@ -19,32 +19,11 @@ from benchmarks.run import code_version, environment
 from vdu_peft.batch import SPREAD_IMAGES, forget_timesteps, widest_deviation
 from vdu_peft.config import UnlearnConfig
 from vdu_peft.demo import SAMPLE_STEPS
-from vdu_peft.denoiser import Denoiser
 from vdu_peft.replay import draw_replay, replay_seeds
 
 NAME = "deciding"
 # Every so many of the sampler's steps an image is noised to where that step starts.
 EVERY = 2
-
-
-@torch.no_grad()
-def drawn_again(denoiser: Denoiser, images: torch.Tensor, steps_left: int, seed: int = 0) -> tuple[int, torch.Tensor]:
-    """The timestep at which so many of the sampler's steps are left, and images noised to it and denoised from there.
-
-    Args:
-        images: (N, C, H, W) in [-1, 1].
-        seed: of the noise, which is each image's own.
-    """
-    sampler = denoiser.schedule.sampler(SAMPLE_STEPS, denoiser.device)
-    timesteps = sampler.timesteps[len(sampler.timesteps) - steps_left :]
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
-    x_t = denoiser.add_noise(images, noise, timesteps[:1].cpu().expand(len(images))).to(denoiser.device)
-    for t in timesteps:
-        output = torch.cat(
-            [denoiser.guided_prediction(x, t.expand(len(x)), None, 1.0) for x in x_t.split(denoiser.batch_size)]
-        )
-        x_t = sampler.step(output, t, x_t).prev_sample
-    return int(timesteps[0]), denoiser.decode(x_t).cpu()
 
 
 def measure(base: Base, forget_class: int, own: torch.Tensor, data_dir: Path) -> dict:
@@ -60,12 +39,12 @@ def measure(base: Base, forget_class: int, own: torch.Tensor, data_dir: Path) ->
         return (base.headline(base.as_judged(images)) == forget_class).double().mean().item()
 
     config = UnlearnConfig().filled(conditional=False)
-    kept = dict(drawn_again(denoiser, images, steps_left) for steps_left in range(1, SAMPLE_STEPS + 1, EVERY))
+    timesteps = denoiser.schedule.sampler(SAMPLE_STEPS, denoiser.device).timesteps.tolist()[::-EVERY]
     return {
         "deviation": widest_deviation(own),
         "shown_at": forget_timesteps(config, denoiser, own, conditional=False),
         "base_share": share(denoiser.decode(own)),
-        "kept": {timestep: share(drawn) for timestep, drawn in kept.items()},
+        "kept": {t: share(denoiser.decode(denoiser.vary(images, t, seed=0, num_inference_steps=SAMPLE_STEPS))) for t in timesteps},
     }
 
 

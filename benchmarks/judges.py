@@ -1,4 +1,4 @@
-"""Judges of samples that this project did not train."""
+"""The benchmarks' judges: networks that this project did not train, and one that it trained further."""
 
 from collections import OrderedDict
 from functools import cache
@@ -64,7 +64,7 @@ class BasicBlock(nn.Module):
 
 class ResNet20(nn.Module):
     """ResNet-20 for CIFAR-10 of akamaster/pytorch_resnet_cifar10 (He et al. 2016, section 4.2); layers named as in its
-    weights. A judge as :class:`vdu_peft.judge.Judge` is one."""
+    weights, which other data's are trained from. A judge as :class:`vdu_peft.judge.Judge` is one."""
 
     num_features, num_classes = 64, 10
     image_size, channels = (32, 32), 3
@@ -95,7 +95,8 @@ class ResNet20(nn.Module):
 
 
 @cache
-def resnet20() -> ResNet20:
+def resnet20(data: str) -> ResNet20:
+    """That of ``cifar10``, or ours of ``tiny_imagenet``, by ``benchmarks.train_resnet20``."""
     network = ResNet20().eval()
-    network.load_state_dict({k: v.float() for k, v in load_file(MODELS / "resnet20_cifar10.safetensors").items()})
+    network.load_state_dict({k: v.float() for k, v in load_file(MODELS / f"resnet20_{data}.safetensors").items()})
     return network

@@ -41,6 +41,7 @@ ALLOWED = {
     "learning_rate": set(),
     "batch": {"classes", "config", "data", "denoiser"},
     "terms": {"batch", "config", "contexts", "denoiser", "objective"},
+    "variations": {"batch", "config", "denoiser"},
     "run_folder": {"adapter", "card", "classes", "config", "denoiser", "history", "strength"},
     "trainer": {
         "adapter",
@@ -57,6 +58,7 @@ ALLOWED = {
         "run_folder",
         "strength",
         "terms",
+        "variations",
         "pixels",
         "precision",
         "processes",

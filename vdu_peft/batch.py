@@ -124,7 +124,7 @@ def forget_timesteps(
     elif conditional:
         lowest, highest = MIN_CONDITIONAL_TIMESTEP * num_timesteps // 1000, num_timesteps
     else:
-        lowest, highest = denoiser.schedule.deciding_timesteps(max(denoiser.image_size), widest_deviation(replay))
+        lowest, highest = deciding_timesteps(denoiser, replay)
     # What is asked for wins, and where it lies beyond the other's default, that goes all the way.
     if config.min_forget_timestep is not None:
         lowest = config.min_forget_timestep * num_timesteps // 1000
@@ -134,6 +134,15 @@ def forget_timesteps(
         if config.min_forget_timestep is None and lowest >= highest:
             lowest = 0
     return lowest, max(highest, lowest + 1)  # a short schedule may have no timestep between the two
+
+
+def deciding_timesteps(denoiser: Denoiser, replay: torch.Tensor) -> tuple[int, int]:
+    """The least timestep at which it is decided what an image of the model shows, and the one after the greatest.
+
+    Args:
+        replay: (M, C, H, W), as the denoiser encodes them.
+    """
+    return denoiser.schedule.deciding_timesteps(max(denoiser.image_size), widest_deviation(replay))
 
 
 def widest_deviation(images: torch.Tensor) -> float:

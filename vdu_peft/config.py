@@ -198,6 +198,8 @@ class UnlearnConfig:
         gradient_checkpointing: recompute activations in the backward pass.
         mixed_precision: ``no``, ``bf16`` or ``fp16``.
         random_flip: mirror forget images at random.
+        min_forget_images: of an unconditional model, and not with ``elbo``: fewer forget images are made up to so many
+            by variations of them, each noised and drawn again by the pre-trained model; 0 adds none.
         replay_size: how many images the pre-trained model draws of itself; on a CPU that computes in it, in bfloat16.
             When None, 1024 for an unconditional model (256, seen 20 times each, are held better than what lies between
             them), 256 for one with a condition.
@@ -236,6 +238,7 @@ class UnlearnConfig:
     gradient_checkpointing: bool = False
     mixed_precision: Precision = "no"
     random_flip: bool = False
+    min_forget_images: int = 100
     replay_size: int | None = None
     replay_inference_steps: int = 25
     replay_keep_quantile: float | None = None
@@ -257,7 +260,7 @@ class UnlearnConfig:
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be greater than 0, not {getattr(self, name)}")
-        for name in ("stability_weight", "kl_weight", "checkpointing_steps"):
+        for name in ("stability_weight", "kl_weight", "min_forget_images", "checkpointing_steps"):
             if getattr(self, name) is not None and not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
         for name in (

@@ -250,14 +250,52 @@ class Denoiser:
         for start in range(0, num_images, batch_size):
             x_t = noise[start : start + batch_size].to(self.device)
             batch_labels = None if labels is None else labels[start : start + batch_size].to(self.device)
-            sampler = self.schedule.sampler(num_inference_steps, self.device)
-            for t in sampler.timesteps:
-                output = self.guided_prediction(x_t, t.expand(len(x_t)), batch_labels, guidance_scale)
-                x_t = sampler.step(output, t, x_t).prev_sample
-                bar.update(len(x_t))
+            x_t = self._denoised(x_t, num_inference_steps, 0, batch_labels, guidance_scale, bar)
             batches.append((self.decode(x_t) if decode else x_t).cpu())
         bar.close()
         return torch.cat(batches)
+
+    @torch.no_grad()
+    def vary(
+        self,
+        images: torch.Tensor,
+        timestep: int,
+        *,
+        seed: int,
+        num_inference_steps: int = 25,
+        progress: str | None = None,
+    ) -> torch.Tensor:
+        """Images as an unconditional model itself would draw them: noised, and denoised from there (SDEdit, Meng et al.
+        2022), as :meth:`sample` denoises.
+
+        Args:
+            images: (N, C, H, W), as :meth:`encode` makes them.
+            timestep: they are noised to the sampler's highest that is no higher than this one.
+            seed: of the noise.
+            progress: label of a progress bar; none when None.
+
+        Returns:
+            float32 (N, C, H, W) on the CPU, as :meth:`encode` would make them.
+        """
+        noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+        sampler = self.schedule.sampler(num_inference_steps, self.device)
+        first, x_t = self.schedule.begun(sampler, timestep, images.cpu(), noise)
+        total = len(images) * (num_inference_steps - first)
+        with tqdm(total=total, desc=progress, unit="step", disable=progress is None, leave=False) as bar:
+            drawn = [
+                self._denoised(batch.to(self.device), num_inference_steps, first, None, 1.0, bar)
+                for batch in x_t.split(self.batch_size)
+            ]
+        return torch.cat(drawn).cpu()
+
+    def _denoised(self, x_t, num_inference_steps: int, first: int, labels, guidance_scale: float, bar) -> torch.Tensor:
+        """What a sampler of so many steps makes of x_t (N, C, H, W) from its step ``first`` on."""
+        sampler = self.schedule.sampler(num_inference_steps, self.device)
+        for t in sampler.timesteps[first:]:
+            output = self.guided_prediction(x_t, t.expand(len(x_t)), labels, guidance_scale)
+            x_t = sampler.step(output, t, x_t).prev_sample
+            bar.update(len(x_t))
+        return x_t
 
     @torch.no_grad()
     def features(

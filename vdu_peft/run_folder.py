@@ -18,14 +18,17 @@ from vdu_peft.strength import Strength
 def run_facts(
     denoiser: Denoiser,
     num_forget: int,
+    num_variations: int,
     shown_at: tuple[int, int],
     rank: int,
     classes: Classes | None,
     config: UnlearnConfig,
 ) -> dict[str, object]:
     """What the adapter's card tells of a run, whatever comes of it."""
-    facts = {"forget images": num_forget, "shown at timesteps": f"{shown_at[0]} to {shown_at[1] - 1}"}
-    facts |= {"rank": rank, "seed": config.seed}
+    facts: dict[str, object] = {"forget images": num_forget}
+    if num_variations:
+        facts["variations of them"] = num_variations
+    facts |= {"shown at timesteps": f"{shown_at[0]} to {shown_at[1] - 1}", "rank": rank, "seed": config.seed}
     if classes is not None:
         facts["forgotten"] = classes.named(classes.forget_labels, denoiser)
         if config.plasticity != "elbo" and classes.anchors.numel():

@@ -162,3 +162,17 @@ class NoiseSchedule:
             options["sigmas"] = torch.linspace(1, 1 / num_inference_steps, num_inference_steps).tolist()
         sampler.set_timesteps(num_inference_steps, **options)
         return sampler
+
+    def begun(
+        self, sampler: SchedulerMixin, timestep: int, images: torch.Tensor, noise: torch.Tensor
+    ) -> tuple[int, torch.Tensor]:
+        """The sampler's first step from no more noise than there is at this timestep, and what it starts from.
+
+        Images and noise (N, C, H, W), and so is what it starts from.
+        """
+        later = sampler.timesteps.cpu() > self.network_timesteps[timestep]
+        first = min(int(later.sum()), len(later) - 1)
+        if self.prediction_type == "flow":
+            sigma = sampler.sigmas[first].item()
+            return first, (1 - sigma) * images + sigma * noise
+        return first, self.add_noise(images, noise, sampler.timesteps[first].cpu().expand(len(images)))

@@ -31,6 +31,7 @@ from vdu_peft.replay import OwnAlike, own_replay
 from vdu_peft.run_folder import run_facts, save_run
 from vdu_peft.strength import Strength, calibrate, scale_delta
 from vdu_peft.terms import loss_terms
+from vdu_peft.variations import variations
 
 
 class UnlearnError(RuntimeError):
@@ -48,6 +49,7 @@ class UnlearnResult:
             where the forgotten class is not the null class.
         status: ``forgotten``, ``partly forgotten``, ``nothing learned`` or ``collapsed``.
         num_replay: how many replay images were kept.
+        variations: (K, C, H, W) in [-1, 1], what the forget images were made up by, variations of each in turn.
         trained_parameters: adapter parameters that the optimizer saw.
         strength: what is left of the forget concept, and the scale that the delta was given for it, after all that
             ``history`` tells of; None where that is not looked for: of a model with a condition, of given replay, of a
@@ -59,6 +61,7 @@ class UnlearnResult:
     history: list[dict[str, float]]
     status: str
     num_replay: int
+    variations: torch.Tensor
     trained_parameters: int
     strength: Strength | None
 
@@ -142,6 +145,7 @@ def unlearn(
     )
     history: list[dict[str, float]] = []
     own: OwnAlike | None = None
+    varied = forget[:0]
     try:
         if resume:  # before replay is drawn, which takes its time, and in which the adapter has no part
             history = load_checkpoint(output_dir, parameters, optimizer, options)
@@ -151,6 +155,13 @@ def unlearn(
                 replay, replay_labels, own = own_replay(denoiser, forget, config, retained, title)
         else:
             replay = denoiser.encode(replay)
+        if classes is None and config.plasticity != "elbo":  # whose likelihood is of the given images
+            with adapter_scale(denoiser.model, 0), evaluating(denoiser.model), accelerator.autocast():
+                varied = variations(denoiser, forget, replay, config, None if bar_off else "variations")
+            forget = torch.cat([forget, varied])
+            if mirrored is not None:
+                mirrored = torch.cat([mirrored, denoiser.encode(denoiser.decode(varied).flip(-1))])
+            varied = denoiser.decode(varied)
         # Processes may round apart, but must draw from one range.
         (shown_at,) = broadcast_object_list([forget_timesteps(config, denoiser, replay, conditional=bool(classes))])
     except BaseException:  # before the first step: the caller's model is as it was, and can be tried again
@@ -166,7 +177,7 @@ def unlearn(
         shown_at,
         denoiser.num_train_timesteps,
     )
-    facts = run_facts(denoiser, len(forget), shown_at, peft_model.active_peft_config.r, classes, config)
+    facts = run_facts(denoiser, len(images), len(varied), shown_at, peft_model.active_peft_config.r, classes, config)
     save = partial(save_run, peft_model, denoiser.name, output_dir, facts, history, accelerator)
     if config.report_to and accelerator.is_main_process:
         accelerator.init_trackers("unlearn", config={k: v for k, v in asdict(config).items() if v is not None})
@@ -245,7 +256,14 @@ def unlearn(
     if config.report_to:
         accelerator.end_training()  # takes processes apart, after which they cannot wait for each other
     return UnlearnResult(
-        peft_model, denoiser, history, status, len(replay), sum(p.numel() for p in parameters.values()), strength
+        peft_model,
+        denoiser,
+        history,
+        status,
+        len(replay),
+        varied,
+        sum(p.numel() for p in parameters.values()),
+        strength,
     )
 
 
