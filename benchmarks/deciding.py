@@ -40,11 +40,12 @@ def measure(base: Base, forget_class: int, own: torch.Tensor, data_dir: Path) ->
 
     config = UnlearnConfig().filled(conditional=False)
     timesteps = denoiser.schedule.sampler(SAMPLE_STEPS, denoiser.device).timesteps.tolist()[::-EVERY]
+    kept = {t: denoiser.vary(images, t, seed=0, num_inference_steps=SAMPLE_STEPS) for t in timesteps}
     return {
         "deviation": widest_deviation(own),
         "shown_at": forget_timesteps(config, denoiser, own, conditional=False),
         "base_share": share(denoiser.decode(own)),
-        "kept": {t: share(denoiser.decode(denoiser.vary(images, t, seed=0, num_inference_steps=SAMPLE_STEPS))) for t in timesteps},
+        "kept": {timestep: share(denoiser.decode(drawn)) for timestep, drawn in kept.items()},
     }
 
 

@@ -65,8 +65,11 @@ def test_what_is_left_in_the_end_is_told(unlearn_command, monkeypatch, capsys, r
 
 def test_from_a_folder_of_pictures_to_a_merged_pipeline(pipeline_folder, unlearn_command, tmp_path, capsys):
     main(unlearn_command)
-    assert "after 3 steps" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "after 3 steps" in shown and "92 variations of the forget images" in shown
     assert Image.open(tmp_path / "out" / "loss.png").width == 4 * 300
+    # 10 columns of 8 pixels at double size in two panels; 50 of the variations in 5 rows.
+    assert Image.open(tmp_path / "out" / "variations.png").size == (2 * 160 + 12, 5 * 16 + 24)
     model_and_adapter = [f"--model={pipeline_folder}", f"--adapter={tmp_path / 'out' / 'adapter'}"]
     grid = tmp_path / "grid.png"
     sample = ["sample", *model_and_adapter, "--num_images=4", "--num_inference_steps=2", f"--output_file={grid}"]

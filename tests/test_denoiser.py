@@ -89,6 +89,47 @@ def test_sampling_equals_diffusers_own_pipeline_and_does_not_hang_on_the_batch_s
     torch.testing.assert_close((images + 1) / 2, torch.from_numpy(stock).movedim(-1, 1), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("scheduler", [DDPMScheduler(), FlowMatchEulerDiscreteScheduler(shift=2.0)])
+@pytest.mark.parametrize(("timestep", "steps"), [(0, 1), (39, 1), (500, 13), (999, 25)])
+def test_an_image_is_drawn_again_from_its_noise(scheduler, timestep, steps):
+    """By a network that takes every noise for one on a gray image, and so draws that, from however much noise."""
+    seen = []
+
+    class Gray(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(()))
+
+        def forward(self, x_t, told):
+            seen.append((x_t, told))
+            schedule = denoiser.schedule
+            at = (schedule.network_timesteps - told[0]).abs().argmin()
+            alpha, sigma = schedule.alphas[at], schedule.sigmas[at]
+            noise = (x_t - alpha * 0.5) / sigma
+            return noise - 0.5 if schedule.prediction_type == "flow" else noise
+
+    denoiser = Denoiser(Gray(), scheduler, image_size=(8, 8), channels=1)
+    denoiser.batch_size = 2
+    images = torch.linspace(-1, 1, 3).view(3, 1, 1, 1).expand(3, 1, 8, 8)
+    noise = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(7))
+    drawn = denoiser.vary(images, timestep, seed=7)
+    schedule, sampler = denoiser.schedule, denoiser.schedule.sampler(25, denoiser.device)
+    begun = sampler.timesteps[25 - len(seen) // 2]
+    assert len(seen) % 2 == 0 and seen[0][1][0] == begun  # two batches
+    assert begun <= schedule.network_timesteps[timestep] or len(seen) == 2
+    if len(seen) < 50:
+        assert sampler.timesteps[24 - len(seen) // 2] > schedule.network_timesteps[timestep]
+    if schedule.prediction_type == "flow":
+        sampler.set_begin_index(25 - len(seen) // 2)
+        expected = sampler.scale_noise(images[:2], begun[None], noise[:2])
+    else:
+        assert len(seen) == 2 * steps
+        expected = sampler.add_noise(images[:2], noise[:2], begun[None])
+    torch.testing.assert_close(seen[0][0], expected)
+    # A flow's sampler steps between the timesteps, of which the network here takes the nearest one's noise level.
+    torch.testing.assert_close(drawn, torch.full((3, 1, 8, 8), 0.5), atol=2e-3, rtol=0)
+
+
 def test_class_labels_reach_a_conditional_unet():
     denoiser = Denoiser(tiny_unet(num_class_embeds=3), DDPMScheduler())
     x_t, t = torch.randn(2, 1, 8, 8), torch.tensor([10, 10])

@@ -16,7 +16,7 @@ from vdu_peft.config import ConfigError, UnlearnConfig, VDUConfig
 from vdu_peft.data import ImageSource
 from vdu_peft.demo import peak_memory_mib, run_demo
 from vdu_peft.denoiser import Denoiser, best_device
-from vdu_peft.evaluation import check_evaluation, loss_plot
+from vdu_peft.evaluation import check_evaluation, labelled_grids, loss_plot
 from vdu_peft.options import ADAPTER_OPTIONS
 from vdu_peft.precision import check_precision
 from vdu_peft.text_denoiser import TextDenoiser, anchor_prompts, neutral_prompts, open_denoiser, read_prompts
@@ -77,6 +77,13 @@ def run_unlearn(args: argparse.Namespace) -> int:
         output_dir=args.output_dir,
         resume=bool(args.resume_from_checkpoint),
     )
+    if len(result.variations) and PartialState().is_main_process:
+        shown = {"forget images": forget[:50], "variations of them": result.variations[:50]}
+        labelled_grids(shown).save(args.output_dir / "variations.png")
+        print(
+            f"{len(result.variations)} variations of the forget images were made to go, too; look in "
+            f"{args.output_dir / 'variations.png'} that they show the same (min_forget_images 0 makes none)"
+        )
     if find_spec("matplotlib") and PartialState().is_main_process:  # of the extra eval, which a run does not need
         loss_plot(result.history, args.output_dir / "loss.png")
     return _outcome(result, args.output_dir)
