@@ -35,8 +35,9 @@ class Base:
         data: name of the ``.npz`` with ``train_images``, ``train_labels``, ``test_images`` and ``test_labels`` in the
             data folder; None for the images that ship with the demo.
         judge: reads the network whose features u-FID is of, and whose labels the report's shares are.
-        judge_name, headline_name: of it, and of the judge that this project did not train, for the tables.
-        headline: labels (N,) by that one of images (N, C, H, W) in [-1, 1], of the size that ``judge`` takes.
+        judge_name, headline_name: of it, and of the headline's judge, for the tables.
+        headline: labels (N,) of images (N, C, H, W) in [-1, 1], of the size that ``judge`` takes, by a judge that this
+            project did not train, where there is one.
     """
 
     folder: Path

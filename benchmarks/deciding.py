@@ -3,7 +3,7 @@
     python -m benchmarks.deciding --base cifar10 --classes 4 8 --data_dir <folder of cifar10_1k_per_class.npz>
 
 Beside it, the timesteps at which a run shows its forget images by default. One result for each base and class; of
-forget images as runs have them, by the judge that we did not train.
+forget images as runs have them, by the headline's judge.
 """
 
 import argparse

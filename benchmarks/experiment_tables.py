@@ -61,7 +61,7 @@ def base_of(records: list[dict]) -> Base:
 
 
 def pul_columns(records: list[dict]) -> dict[str, Column]:
-    """PUL by the judge that we did not train, and by the one whose features u-FID is of where that is another."""
+    """PUL by the headline's judge, and by the one whose features u-FID is of where that is another."""
     base = base_of(records)
     columns = {f"PUL, {base.headline_name}": (lambda r: r["headline"]["pul"], "{:.1f}")}
     if base.judge_name != base.headline_name:

@@ -85,7 +85,7 @@ def run(item: Run, results: Path, data_dir: Path, threads: int, commit: str) -> 
 
 
 def headline(base: Base, before: torch.Tensor, after: torch.Tensor, forget_class: int) -> dict:
-    """Shares and PUL by the judge that we did not train."""
+    """Shares and PUL by the base's headline judge."""
     counts = [int((base.headline(images) == forget_class).sum()) for images in (before, after)]
     shares = [count / len(images) for count, images in zip(counts, (before, after), strict=True)]
     return {

@@ -190,7 +190,7 @@ def deciding_section(records: list[dict]) -> list[str]:
         "## Up to how much noise an image keeps its class",
         "",
         "`python -m benchmarks.deciding --base ... --classes ...`: the share of 100 forget images that are of their "
-        "class still, by the judge that we did not train, noised to a timestep and drawn again from there by the base "
+        "class still, by LeNet-5 or ResNet-20, noised to a timestep and drawn again from there by the base "
         f"model; {first['sampler']}; {provenance(records)}. Forget images are shown by default up to where the noise "
         f"is as large as what {first['num_samples']} of the model's own samples differ in most, the deviation. Own is "
         "the class's share of these.",

@@ -20,6 +20,7 @@ from benchmarks.judges import ResNet20, resnet20
 from vdu_peft.pixels import to_tensor
 
 MAX_SHIFT = 4
+ARRAYS = {"train_images", "train_labels", "test_images", "test_labels"}
 
 
 def shifted(images: torch.Tensor) -> torch.Tensor:
@@ -33,7 +34,7 @@ def shifted(images: torch.Tensor) -> torch.Tensor:
 
 
 def train(network: ResNet20, images: torch.Tensor, labels: torch.Tensor, epochs: int, batch_size: int) -> None:
-    """By Adam with one cycle of the learning rate, in place; images (N, 3, 32, 32) in [-1, 1], labels (N,)."""
+    """By AdamW with one cycle of the learning rate, in place; images (N, 3, 32, 32) in [-1, 1], labels (N,)."""
     network.train()
     steps = epochs * -(-len(images) // batch_size)
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.05)
@@ -67,8 +68,14 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     if not args.train_data.is_file():
         parser.error(f"{args.train_data}: not there")
-    torch.manual_seed(args.seed)
+    if not args.output_file.parent.is_dir():
+        parser.error(f"{args.output_file.parent}: no such folder")
     arrays = np.load(args.train_data)
+    if missing := sorted(ARRAYS - {*arrays}):
+        parser.error(f"{args.train_data}: has no {', '.join(missing)}")
+    if arrays["train_labels"].max() >= ResNet20.num_classes:
+        parser.error(f"{args.train_data}: has more than {ResNet20.num_classes} classes")
+    torch.manual_seed(args.seed)
     train_images, test_images = (
         torch.stack([to_tensor(image, ResNet20.image_size, ResNet20.channels) for image in arrays[name]])
         for name in ("train_images", "test_images")

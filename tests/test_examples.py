@@ -52,8 +52,13 @@ def test_configs_of_train_ddpm(config):
     file = ROOT / "examples" / "configs" / f"{config}.txt"
     args = train_ddpm.parse_args([f"@{file}", "--train_data=images", "--output_dir=out", "--max_train_steps=7"])
     assert args.max_train_steps == 7
-    with torch.device("meta"):
-        unet = train_ddpm.build_unet(args.resolution, args.channels, args.block_out_channels, args.layers_per_block)
+    if args.pretrained_model_name_or_path:
+        denoiser = Denoiser.from_pretrained(ROOT / args.pretrained_model_name_or_path)
+        assert (denoiser.image_size, denoiser.channels) == ((args.resolution, args.resolution), args.channels)
+        unet = denoiser.model
+    else:
+        with torch.device("meta"):
+            unet = train_ddpm.build_unet(args.resolution, args.channels, args.block_out_channels, args.layers_per_block)
     parameters = sum(p.numel() for p in unet.parameters())
     assert parameters == 1_805_121 if "mnist" in config else 3e6 <= parameters <= 10e6
 

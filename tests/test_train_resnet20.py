@@ -6,7 +6,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from benchmarks import train_resnet20
-from benchmarks.judges import ResNet20
+from benchmarks.judges import ResNet20, resnet20
 from vdu_peft.pixels import to_tensor
 
 
@@ -28,8 +28,33 @@ def test_a_judge_learns_its_classes_and_tells_its_accuracy(tmp_path):
     with safe_open(file, "pt") as stored:
         assert stored.metadata()["test_accuracy"] == f"{accuracy:.4f}"
     assert accuracy > 0.9
+
+
+def test_it_is_trained_from_cifar_10_s_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_resnet20, "train", lambda network, *_: network.eval())
+    arrays = {"train_images": np.zeros((2, 32, 32, 3), np.uint8), "train_labels": np.arange(2)}
+    arrays |= {"test_images": arrays["train_images"], "test_labels": arrays["train_labels"]}
+    np.savez(tmp_path / "data.npz", **arrays)
+    train_resnet20.main([f"--train_data={tmp_path / 'data.npz'}", f"--output_file={tmp_path / 'judge.safetensors'}"])
+    written, start = load_file(tmp_path / "judge.safetensors"), resnet20("cifar10").state_dict()
+    assert written.keys() == start.keys() and all(torch.equal(written[n].float(), start[n].float()) for n in start)
+
+
+@pytest.mark.parametrize(
+    ("changed", "output_file", "message"),
+    [
+        ({"train_labels": None}, "judge.safetensors", "has no train_labels"),
+        ({"train_labels": np.full(2, 10)}, "judge.safetensors", "more than 10 classes"),
+        ({}, "nowhere/judge.safetensors", "nowhere: no such folder"),
+    ],
+)
+def test_what_it_cannot_train_on_or_write_to_is_told_first(changed, output_file, message, tmp_path, capsys):
+    arrays = {f"{part}_{kind}": np.zeros(2, np.int64) for part in ("train", "test") for kind in ("images", "labels")}
+    arrays = {name: array for name, array in (arrays | changed).items() if array is not None}
+    np.savez(tmp_path / "data.npz", **arrays)
     with pytest.raises(SystemExit):
-        train_resnet20.main(["--train_data=nowhere.npz", f"--output_file={file}"])
+        train_resnet20.main([f"--train_data={tmp_path / 'data.npz'}", f"--output_file={tmp_path / output_file}"])
+    assert message in capsys.readouterr().err
 
 
 def test_shifted_images_are_crops_of_the_padded_ones_mirrored_or_not():

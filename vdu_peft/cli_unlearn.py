@@ -77,16 +77,22 @@ def run_unlearn(args: argparse.Namespace) -> int:
         output_dir=args.output_dir,
         resume=bool(args.resume_from_checkpoint),
     )
-    if len(result.variations) and PartialState().is_main_process:
-        shown = {"forget images": forget[:50], "variations of them": result.variations[:50]}
-        labelled_grids(shown).save(args.output_dir / "variations.png")
-        print(
-            f"{len(result.variations)} variations of the forget images were made to go, too; look in "
-            f"{args.output_dir / 'variations.png'} that they show the same (min_forget_images 0 makes none)"
-        )
+    if PartialState().is_main_process:
+        _show_variations(forget, result.variations, args.output_dir / "variations.png")
     if find_spec("matplotlib") and PartialState().is_main_process:  # of the extra eval, which a run does not need
         loss_plot(result.history, args.output_dir / "loss.png")
     return _outcome(result, args.output_dir)
+
+
+def _show_variations(forget: torch.Tensor, variations: torch.Tensor, file: Path) -> None:
+    """A picture of what a run made of few forget images; an earlier run's goes."""
+    file.unlink(missing_ok=True)
+    if len(variations):
+        labelled_grids({"forget images": forget, "variations of them": variations}).save(file)
+        print(
+            f"{len(variations)} variations of the forget images were shown as such, too; look in {file} that they show "
+            "the same (min_forget_images 0 makes none)"
+        )
 
 
 def _anchor_captions(captions: list[str], args: argparse.Namespace) -> list[str]:

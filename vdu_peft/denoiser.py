@@ -270,13 +270,17 @@ class Denoiser:
 
         Args:
             images: (N, C, H, W), as :meth:`encode` makes them.
-            timestep: they are noised to the sampler's highest that is no higher than this one.
+            timestep: they are noised to the sampler's highest that is no higher than this one, or its lowest.
             seed: of the noise.
             progress: label of a progress bar; none when None.
 
         Returns:
             float32 (N, C, H, W) on the CPU, as :meth:`encode` would make them.
+
+        Raises:
+            ModelError: more steps than the schedule has.
         """
+        self.check_inference_steps(num_inference_steps)
         noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
         sampler = self.schedule.sampler(num_inference_steps, self.device)
         first, x_t = self.schedule.begun(sampler, timestep, images.cpu(), noise)

@@ -230,8 +230,6 @@ def image_grid(images: torch.Tensor, columns: int = 10, scale: int = 1) -> Image
 def labelled_grids(panels: dict[str, torch.Tensor], columns: int = 10, numbered: bool = False) -> Image.Image:
     """One grid per panel, side by side under its title, small images at double size.
 
-    The same place is the same starting noise.
-
     Args:
         panels: images (N, C, H, W) of one size by title.
         numbered: before every row stands the number of its first image, from 1.

@@ -166,7 +166,8 @@ class NoiseSchedule:
     def begun(
         self, sampler: SchedulerMixin, timestep: int, images: torch.Tensor, noise: torch.Tensor
     ) -> tuple[int, torch.Tensor]:
-        """The sampler's first step from no more noise than there is at this timestep, and what it starts from.
+        """The sampler's first step from no more noise than there is at this timestep, its last where all are from more,
+        and what it starts from.
 
         Images and noise (N, C, H, W), and so is what it starts from.
         """

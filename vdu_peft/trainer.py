@@ -157,11 +157,11 @@ def unlearn(
             replay = denoiser.encode(replay)
         if classes is None and config.plasticity != "elbo":  # whose likelihood is of the given images
             with adapter_scale(denoiser.model, 0), evaluating(denoiser.model), accelerator.autocast():
-                varied = variations(denoiser, forget, replay, config, None if bar_off else "variations")
-            forget = torch.cat([forget, varied])
+                title = None if bar_off else "variations"
+                varied = denoiser.decode(variations(denoiser, forget, replay, config, title))
+            forget = torch.cat([forget, denoiser.encode(varied)])
             if mirrored is not None:
-                mirrored = torch.cat([mirrored, denoiser.encode(denoiser.decode(varied).flip(-1))])
-            varied = denoiser.decode(varied)
+                mirrored = torch.cat([mirrored, denoiser.encode(varied.flip(-1))])
         # Processes may round apart, but must draw from one range.
         (shown_at,) = broadcast_object_list([forget_timesteps(config, denoiser, replay, conditional=bool(classes))])
     except BaseException:  # before the first step: the caller's model is as it was, and can be tried again
