@@ -31,7 +31,7 @@ from vdu_peft.replay import OwnAlike, own_replay
 from vdu_peft.run_folder import run_facts, save_run
 from vdu_peft.strength import Strength, calibrate, scale_delta
 from vdu_peft.terms import loss_terms
-from vdu_peft.variations import variations
+from vdu_peft.variations import NOISE_SHARE, variations
 
 
 class UnlearnError(RuntimeError):
@@ -139,7 +139,7 @@ def unlearn(
         given_replay,
         getattr(denoiser, "prompts", None),
         denoiser.guidance_scale,
-        batch_shares(classes),
+        batch_shares(classes) | {"variation_noise": NOISE_SHARE},
         accelerator.num_processes,
         (p for p in denoiser.model.parameters() if not p.requires_grad),
     )
