@@ -68,8 +68,8 @@ def test_from_a_folder_of_pictures_to_a_merged_pipeline(pipeline_folder, unlearn
     shown = capsys.readouterr().out
     assert "after 3 steps" in shown and "92 variations of the forget images" in shown
     assert Image.open(tmp_path / "out" / "loss.png").width == 4 * 300
-    # 10 columns of 8 pixels at double size in two panels; 50 of the variations in 5 rows.
-    assert Image.open(tmp_path / "out" / "variations.png").size == (2 * 160 + 12, 5 * 16 + 24)
+    # 10 columns of 8 pixels at double size in two panels; the variations in 10 rows.
+    assert Image.open(tmp_path / "out" / "variations.png").size == (2 * 160 + 12, 10 * 16 + 24)
     model_and_adapter = [f"--model={pipeline_folder}", f"--adapter={tmp_path / 'out' / 'adapter'}"]
     grid = tmp_path / "grid.png"
     sample = ["sample", *model_and_adapter, "--num_images=4", "--num_inference_steps=2", f"--output_file={grid}"]
@@ -91,6 +91,13 @@ def test_from_a_folder_of_pictures_to_a_merged_pipeline(pipeline_folder, unlearn
     theirs = pipeline(batch_size=2, generator=generators, num_inference_steps=4, output_type="np").images
     # W + BA added once against two products per forward: float32 rounding over four sampler steps.
     torch.testing.assert_close((ours + 1) / 2, torch.from_numpy(theirs).movedim(-1, 1), atol=1e-4, rtol=0)
+
+
+def test_a_run_without_variations_leaves_no_picture_of_an_earlier_one_s(unlearn_command, tmp_path, capsys):
+    for options, made in (([], True), (["--overwrite", "--min_forget_images=8"], False)):
+        main([*unlearn_command, *options])
+        assert ("variations of the forget images" in capsys.readouterr().out) == made
+        assert (tmp_path / "out" / "variations.png").is_file() == made
 
 
 def test_forgetting_is_measured_by_the_forget_images_alone(
