@@ -122,12 +122,12 @@ def robustness_section(records: list[dict], folder: Path) -> list[str]:
     """The adapter at other scales and in fewer bits: a table, and what the scale does in a plot."""
     first = records[0]
     judges = {"demo judge": "PUL, demo judge", "lenet": "PUL, LeNet-5"}
-    digits = [record["digit"] for record in records]
+    digits = " ".join(str(record["digit"]) for record in records)
     lines = [
         "## The adapter scaled, and merged into fewer bits",
         "",
-        f"`python -m benchmarks.robustness --digits {' '.join(map(str, digits))}`: the defaults of one digit, seed "
-        f"{first['config']['seed']}; {first['num_samples']} samples, {first['sampler']}; {provenance(records)}. "
+        f"`python -m benchmarks.robustness --digits {digits} --num_samples {first['num_samples']}`: "
+        f"the defaults of one digit, seed {first['config']['seed']}; {first['sampler']}; {provenance(records)}. "
         "Rounded are the weights of all linear and convolution layers (int8: symmetric, by output channel) after "
         "merging, computed in float32. All figures are against the base in float32, whose scale is 0.",
         "",
