@@ -134,24 +134,23 @@ def _check_count(available: int, wanted: int | None, forget_class: int) -> None:
         raise BaseError(f"num_forget_images: there are {available} images of class {forget_class}, not {wanted}")
 
 
+def _color_base(folder: str, data: str, judged_by: str, judge_name: str) -> Base:
+    """One whose ResNet-20 is both its judge and the headline's."""
+    judge = partial(resnet20, judged_by)
+    return Base(
+        MODELS / folder / "ddpm",
+        data,
+        judge=judge,
+        judge_name=judge_name,
+        headline=lambda images: judge().judge(images)[1],
+        headline_name=judge_name,
+    )
+
+
 BASES = {
     "mnist": Base(assets() / "ddpm", None),
     "mnist16": Base(MODELS / "mnist16" / "ddpm", "mnist.npz"),
-    "cifar10": Base(
-        MODELS / "cifar10" / "ddpm",
-        "cifar10_1k_per_class.npz",
-        judge=partial(resnet20, "cifar10"),
-        judge_name="ResNet-20",
-        headline=lambda images: resnet20("cifar10").judge(images)[1],
-        headline_name="ResNet-20",
-    ),
-    "tiny-imagenet": Base(
-        MODELS / "tiny-imagenet" / "ddpm",
-        "tinyimagenet64_10class.npz",
-        judge=partial(resnet20, "tiny_imagenet"),
-        judge_name="our ResNet-20",
-        headline=lambda images: resnet20("tiny_imagenet").judge(images)[1],
-        headline_name="our ResNet-20",
-    ),
+    "cifar10": _color_base("cifar10", "cifar10_1k_per_class.npz", "cifar10", "ResNet-20"),
+    "tiny-imagenet": _color_base("tiny-imagenet", "tinyimagenet64_10class.npz", "tiny_imagenet", "our ResNet-20"),
 }
 DEMO = BASES["mnist"]

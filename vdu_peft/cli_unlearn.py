@@ -79,8 +79,8 @@ def run_unlearn(args: argparse.Namespace) -> int:
     )
     if PartialState().is_main_process:
         _show_variations(forget, result.variations, args.output_dir / "variations.png")
-    if find_spec("matplotlib") and PartialState().is_main_process:  # of the extra eval, which a run does not need
-        loss_plot(result.history, args.output_dir / "loss.png")
+        if find_spec("matplotlib"):  # of the extra eval, which a run does not need
+            loss_plot(result.history, args.output_dir / "loss.png")
     return _outcome(result, args.output_dir)
 
 

@@ -26,7 +26,7 @@ def variations(
     weak color model draws again 58 and 63 (``benchmarks.deciding``). A run that sees eight images many hundred times
     each learns these eight.
 
-    None where the replay does not tell where that ends.
+    Nothing is varied where the replay does not tell which timesteps those are.
 
     Args:
         denoiser: an unconditional one, its model as it was before, without dropout.
@@ -35,9 +35,11 @@ def variations(
         progress: the progress bar's title; without one there is none.
     """
     count = config.min_forget_images - len(forget)
+    if count <= 0:
+        return forget[:0]
     # Processes may round apart, but must vary alike.
     ((lowest, highest),) = broadcast_object_list([deciding_timesteps(denoiser, replay)])
-    if count <= 0 or highest == denoiser.num_train_timesteps:
+    if highest == denoiser.num_train_timesteps:
         return forget[:0]
     return denoiser.vary(
         forget[torch.arange(count) % len(forget)],
