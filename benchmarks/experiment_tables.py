@@ -51,7 +51,7 @@ COLUMNS: dict[str, tuple[Callable[[dict], float], str]] = {
     "retained TV": (lambda r: r["report"]["retained_distance"], "{:.3f}"),
 }
 # Of these a higher value is the worse one.
-COSTS = ("u-FID", "ratio", "over retrained", "KID", "retained TV")
+COSTS = ("u-FID", "ratio", "over oracle", "over retrained", "KID", "retained TV")
 Column = tuple[Callable[[dict], float], str]
 
 
@@ -70,19 +70,26 @@ def pul_columns(records: list[dict]) -> dict[str, Column]:
 
 
 def columns_of(records: list[dict], retrained: dict[tuple[str, int], float]) -> dict[str, Column]:
-    """PUL by each of the base's judges, COLUMNS, and u-FID over that of the retrained model where there is one for any
-    of the records."""
-    columns = {**pul_columns(records), **COLUMNS}
+    """PUL by each of the base's judges, COLUMNS, and u-FID over the base's own without the class and over that of the
+    retrained model, where there is one for any of the records."""
 
-    def over(record: dict) -> float:
+    def over_oracle(record: dict) -> float:
+        # Results of before it was measured have none.
+        return record["report"]["u_fid_after"] / record["report"].get("u_fid_oracle", math.nan)
+
+    def over_retrained(record: dict) -> float:
         u_fid = retrained.get((record["spec"]["base"], record["spec"]["forget_class"]), math.nan)
         return record["report"]["u_fid_after"] / u_fid
 
-    if all(math.isnan(over(record)) for record in records):
-        return columns
-    ratio_at = list(columns).index("ratio") + 1
-    items = list(columns.items())
-    return dict([*items[:ratio_at], ("over retrained", (over, "{:.2f}")), *items[ratio_at:]])
+    optional = {"over oracle": (over_oracle, "{:.2f}"), "over retrained": (over_retrained, "{:.2f}")}
+    known = [
+        (name, column)
+        for name, column in optional.items()
+        if not all(math.isnan(column[0](record)) for record in records)
+    ]
+    items = list({**pul_columns(records), **COLUMNS}.items())
+    ratio_at = [name for name, _ in items].index("ratio") + 1
+    return dict([*items[:ratio_at], *known, *items[ratio_at:]])
 
 
 def cell(values: list[float], form: str, pick: Callable[[list[float]], float] = mean) -> str:

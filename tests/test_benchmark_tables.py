@@ -39,7 +39,7 @@ def test_tables_take_the_best_of_a_grid():
     assert best(bad=(5.0, 50.0), ruin=(9.0, 100.0), broken=(float("nan"), 100.0)) == ["bad"]
 
 
-def test_u_fid_is_compared_with_the_retrained_model_of_the_same_base_and_class():
+def test_u_fid_is_compared_with_the_base_without_the_class_and_the_retrained_model_of_the_same_base_and_class():
     def record(base, forget_class, u_fid, method="vdu_peft"):
         spec = {"base": base, "forget_class": forget_class, "method": method}
         return {"spec": spec, "report": {"u_fid_after": u_fid}}
@@ -55,6 +55,12 @@ def test_u_fid_is_compared_with_the_retrained_model_of_the_same_base_and_class()
     assert experiment_tables.cell([value(r) for r in records], form) == "2.00"
     assert experiment_tables.cell([math.nan], form) == ""
     assert "over retrained" not in experiment_tables.columns_of(records[1:], retrained)
+    assert "over oracle" not in experiment_tables.columns_of(records, retrained)
+    records[1]["report"]["u_fid_oracle"] = 8.0
+    columns = experiment_tables.columns_of(records, retrained)
+    value, _ = columns["over oracle"]
+    assert math.isnan(value(records[0])) and value(records[1]) == 1.25
+    assert list(columns).index("ratio") + 1 == list(columns).index("over oracle")
 
 
 def test_the_interval_of_several_runs_is_that_of_their_samples_together():

@@ -1,4 +1,7 @@
-"""The held-out loss gap against one image and one timestep at a time."""
+"""The held-out loss gap against one image and one timestep at a time, and the u-FID of a removal that changes nothing
+else."""
+
+import math
 
 import pytest
 import torch
@@ -7,8 +10,9 @@ from conftest import tiny_unet
 from diffusers import DDPMScheduler
 
 from vdu_peft import evaluation
+from vdu_peft.demo import demo_judge
 from vdu_peft.denoiser import Denoiser
-from vdu_peft.evaluation import held_out_loss_gap
+from vdu_peft.evaluation import evaluate, held_out_loss_gap
 from vdu_peft.metrics import loss_gap
 
 
@@ -35,3 +39,20 @@ def test_held_out_loss_gap_is_the_mean_over_images_and_timesteps(monkeypatch, nu
             total[labels[row].item() == 1].append(error)
     expected = (torch.stack(total[True]).mean() - torch.stack(total[False]).mean()).item()
     assert held_out_loss_gap(denoiser, images, labels, 1, seed=5) == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_oracle_is_what_is_drawn_of_other_classes():
+    judge = demo_judge()
+    generator = torch.Generator().manual_seed(0)
+    # Blots: of plain noise the judge sees one class alone.
+    blots = F.interpolate(torch.rand(400, 1, 4, 4, generator=generator) * 2 - 1, size=(28, 28), mode="bicubic")
+    before, reference = blots.clamp(-1, 1).split(200)
+    labels = judge.judge(before)[1]
+    forget_class = int(labels.mode().values)
+    others = before[labels != forget_class]
+    assert 20 < len(others) < 180
+    real = reference, torch.arange(200) % 10, (0.0, 0.0)
+    report = evaluate(before, others, judge, forget_class, *real)
+    assert report.u_fid_oracle == report.u_fid_after != report.u_fid_before
+    everything = evaluate(before[labels == forget_class], others, judge, forget_class, *real)
+    assert math.isnan(everything.u_fid_oracle)
