@@ -192,8 +192,15 @@ def test_a_concept_of_a_text_to_image_model(tmp_path, pictures, pipeline_folder,
     assert "is not a text-to-image model" in capsys.readouterr().err
 
 
-def test_a_prompt_file_is_evaluated(tmp_path, pipeline_folder, capsys, caplog):
+def test_a_prompt_file_is_evaluated(tmp_path, pipeline_folder, pictures, capsys, caplog):
     tiny_text_pipeline(tmp_path / "tokens").save_pretrained(tmp_path / "sd")
+    evaluate = ["evaluate", f"--model={tmp_path / 'sd'}", "--adapter=a", f"--output_dir={tmp_path / 'report'}"]
+    for options in (
+        ["--forget_data", str(pictures)],
+        ["--judge=a", "--reference=b", "--label_column=c", "--forget_class=1"],
+    ):
+        assert main([*evaluate, *options]) == 2
+        assert "model: a StableDiffusionPipeline, which draws what prompts ask for" in capsys.readouterr().err
     saved_adapter(tmp_path / "adapter", model=tiny_text_pipeline(tmp_path / "tokens").unet)
     AttributeJudge({"who": ["elf", "orc"], "weapon": ["", "axe", "sword"]}, (16, 16)).save(tmp_path / "judge")
     (tmp_path / "prompts.csv").write_text(

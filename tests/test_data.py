@@ -249,6 +249,20 @@ def test_files_are_opened_one_by_one_and_only_those_meant(tmp_path):
         source.load((8, 8), 3)
 
 
+def test_checked_images_are_on_the_cpu(forget):
+    class Elsewhere(torch.Tensor):
+        """As one on a GPU, which no array can be made of."""
+
+        def numpy(self):
+            raise TypeError
+
+        def cpu(self):
+            return self.as_subclass(torch.Tensor)
+
+    checked = check_images(forget.as_subclass(Elsewhere), (8, 8), 1, "forget")
+    assert (checked.numpy() == forget.numpy()).all()
+
+
 def test_check_images_refuses_wrong_shape_and_range(forget):
     with pytest.raises(DataError, match="expects 3 x 8 x 8"):
         check_images(forget, (8, 8), 3, "forget")

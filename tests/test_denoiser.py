@@ -1,9 +1,10 @@
 import shutil
 from dataclasses import dataclass
 
+import httpx
 import pytest
 import torch
-from conftest import tiny_unet
+from conftest import tiny_text_pipeline, tiny_unet
 from diffusers import (
     DDIMPipeline,
     DDIMScheduler,
@@ -13,9 +14,12 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 from diffusers.models.attention_processor import Attention, AttnProcessor
+from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import save_file
 from torch import nn
 
+from vdu_peft import VDUConfig
+from vdu_peft.adapter import attach
 from vdu_peft.demo import assets
 from vdu_peft.denoiser import Denoiser, ModelError, as_denoiser, plain_attention_on_cpu
 
@@ -223,6 +227,42 @@ def test_a_flow_is_read_back_as_a_flow(tmp_path):
     torch.testing.assert_close(*(d.sample(1, seed=0, num_inference_steps=3) for d in (denoiser, again)))
     with pytest.raises(ModelError, match="EDMEulerScheduler: only noise schedules with betas"):
         Denoiser(tiny_unet(), EDMEulerScheduler())
+
+
+def test_of_a_hub_model_weights_are_fetched_when_its_configs_are_right(pipeline_folder, tmp_path, monkeypatch):
+    asked = []
+
+    def fetch(repo_id, allow_patterns):
+        asked.append(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    folder = pipeline_folder
+    assert Denoiser.from_pretrained("owner/ddpm").name == "owner/ddpm"
+    assert asked == [["*.json"], ["*.json", "*.safetensors"]]
+    folder = tmp_path / "sd"
+    tiny_text_pipeline(tmp_path / "tokens").save_pretrained(folder)
+    with pytest.raises(ModelError, match="holds a UNet2DConditionModel, .* goes with prompts"):
+        Denoiser.from_pretrained("owner/sd")
+    assert asked[2:] == [["*.json"]]
+
+
+def test_of_a_gated_model_it_is_said_what_to_do(monkeypatch):
+    response = httpx.Response(403, request=httpx.Request("GET", "https://hub"))
+
+    def refuse(*_, **__):
+        raise GatedRepoError("403 Client Error", response=response)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(ModelError, match="owner/gated: its owner gates it; accept its terms on the hub, then log in"):
+        Denoiser.from_pretrained("owner/gated")
+
+
+def test_an_adapter_is_not_written_into_a_pipeline(unet, tmp_path):
+    denoiser = Denoiser(unet, DDPMScheduler())
+    attach(unet, VDUConfig.for_model(unet))
+    with pytest.raises(ModelError, match="carries an adapter, which a pipeline cannot hold"):
+        denoiser.save_pretrained(tmp_path / "adapted")
 
 
 def test_bad_models_are_named(pipeline_folder, tmp_path):

@@ -28,6 +28,7 @@ from vdu_peft.denoiser import Denoiser, ModelError
 from vdu_peft.export import merge
 from vdu_peft.hotswap import hotswap, prepare_hotswap
 from vdu_peft.model_folder import PIPELINES
+from vdu_peft.precision import check_precision
 from vdu_peft.text_denoiser import TextDenoiser, neutral_prompts, open_denoiser, read_prompts
 
 FAMILIES = [
@@ -237,6 +238,13 @@ def test_float16_weights_are_refused_on_a_cpu_before_any_work(tmp_path, images):
     assert not (tmp_path / "out").exists()
 
 
+def test_float16_weights_are_refused_without_a_gradient_scaler():
+    gpu = torch.device("cuda")
+    check_precision(UnlearnConfig(mixed_precision="fp16"), gpu, torch.float16)
+    with pytest.raises(ConfigError, match="mixed_precision no: .*use fp16 or bf16"):
+        check_precision(UnlearnConfig(), gpu, torch.float16)
+
+
 def test_from_pretrained_and_what_is_refused(tmp_path):
     pipeline = tiny_text_pipeline(tmp_path / "tokens")
     pipeline.save_pretrained(tmp_path / "sd")
@@ -315,11 +323,47 @@ def test_a_pipeline_of_fp16_weights_alone_is_loaded(tmp_path, monkeypatch, where
     assert all(map(torch.equal, denoiser.model.parameters(), exact.unet.parameters()))
 
 
-def test_save_pretrained_writes_the_whole_pipeline(tmp_path):
+def test_save_pretrained_writes_the_whole_pipeline_and_no_adapter(tmp_path):
     denoiser = TextDenoiser(tiny_text_pipeline(tmp_path / "tokens"), PROMPTS)
     denoiser.save_pretrained(tmp_path / "saved")
     stock = StableDiffusionPipeline.from_pretrained(tmp_path / "saved", safety_checker=None)
     assert all(torch.equal(p, denoiser.model.state_dict()[name]) for name, p in stock.unet.state_dict().items())
+    load_adapter(denoiser.model, saved_adapter(tmp_path / "adapter", model=copy.deepcopy(denoiser.model)))
+    with pytest.raises(ModelError, match="carries an adapter, which a pipeline cannot hold"):
+        denoiser.save_pretrained(tmp_path / "adapted")
+    assert not (tmp_path / "adapted").exists()
+
+
+@over_families
+def test_the_vae_works_in_float32_and_stays_as_the_caller_s_pipeline_has_it(tmp_path, images, family, prediction_type):
+    pipeline = tiny_text_pipeline(tmp_path, family, prediction_type).to(torch.bfloat16)
+    assert pipeline.vae.config.force_upcast  # the default of every family
+    denoiser = TextDenoiser(pipeline, PROMPTS)
+    exact = copy.deepcopy(pipeline.vae).float()
+    latents = (exact.encode(images).latent_dist.mode() - (exact.config.shift_factor or 0)) * exact.config.scaling_factor
+    torch.testing.assert_close(denoiser.encode(images), latents)
+    assert denoiser.decode(latents).dtype == torch.float32
+    assert pipeline.vae.dtype == torch.bfloat16
+    drawn = pipeline("a cat", height=16, width=16, num_inference_steps=1, output_type="pt").images
+    assert drawn.shape == (1, 3, 16, 16)
+
+
+def test_prompts_are_encoded_where_the_encoders_are_if_they_do_not_fit_elsewhere(tmp_path, monkeypatch):
+    pipeline = tiny_text_pipeline(tmp_path, "sdxl")
+    there = TextDenoiser(pipeline, PROMPTS).embeddings
+    asked = []
+
+    def to(device):
+        asked.append(str(device))
+        if device == torch.device("cuda"):
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(families, "PartialState", lambda: SimpleNamespace(device=torch.device("cuda")))
+    monkeypatch.setattr(pipeline.text_encoder_2, "to", to)
+    monkeypatch.setattr(pipeline.text_encoder, "to", lambda device: asked.append(str(device)))
+    embeddings = TextDenoiser(pipeline, PROMPTS).embeddings
+    assert sorted(asked) == ["cpu", "cpu", "cuda", "cuda"]
+    assert all(torch.equal(table, there[name]) for name, table in embeddings.items())
 
 
 def test_prompts_from_a_file(tmp_path):
@@ -367,13 +411,6 @@ def test_a_vae_that_overflows_is_named(tmp_path, images):
     pipeline.vae.encoder.conv_in.weight.data.fill_(float("inf"))
     with pytest.raises(ModelError, match="NaN or infinite latents in torch.float32"):
         TextDenoiser(pipeline, PROMPTS).encode(images)
-
-
-def test_an_sdxl_vae_stays_in_float32(tmp_path):
-    """The config's force_upcast, as the stock pipeline minds it."""
-    pipeline = tiny_text_pipeline(tmp_path, "sdxl").to(torch.bfloat16)
-    assert pipeline.vae.config.force_upcast
-    assert TextDenoiser(pipeline, PROMPTS).pipeline.vae.dtype == torch.float32
 
 
 @pytest.mark.parametrize("scheduler", [EDMEulerScheduler, FlowMatchHeunDiscreteScheduler])

@@ -130,14 +130,18 @@ def test_resume_refuses_what_does_not_fit(pipeline_folder, forget, tmp_path):
         unlearn(pipeline_folder, forget, config, output_dir=tmp_path / "out", resume=True)
 
 
-@pytest.mark.parametrize("refused", ["resume", "replay"])
-def test_a_run_that_does_not_start_leaves_the_model_as_it_was(pipeline_folder, forget, tmp_path, refused):
+@pytest.mark.parametrize("refused", ["resume", "replay", "options"])
+def test_a_run_that_does_not_start_leaves_the_model_as_it_was(pipeline_folder, forget, tmp_path, refused, monkeypatch):
     denoiser = Denoiser.from_pretrained(pipeline_folder)
     config = replace(FAST, checkpointing_steps=3, max_train_steps=3)
     if refused == "resume":
         unlearn(pipeline_folder, forget, replace(config, seed=1), output_dir=tmp_path)
         with pytest.raises(AdapterError, match="written with seed=1"):
             unlearn(denoiser, forget, config, output_dir=tmp_path, resume=True)
+    elif refused == "options":
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(trainer_module, "run_options", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            unlearn(denoiser, forget, config)
     else:
         with pytest.raises(ModelError, match="inference steps must lie in"):
             unlearn(denoiser, forget, replace(config, replay_inference_steps=2000))

@@ -52,11 +52,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"vdu-peft: error: {error}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError as error:
-        print(
-            f"vdu-peft: error: out of memory ({first_line(error)}); use a smaller train_batch_size with "
-            "gradient_accumulation_steps, gradient_checkpointing, mixed_precision bf16",
-            file=sys.stderr,
+        mend = (
+            "a smaller train_batch_size with gradient_accumulation_steps, gradient_checkpointing, mixed_precision bf16"
         )
+        if args.command not in ("unlearn", "demo"):
+            mend = "of text-to-image models dtype bfloat16 or a smaller resolution"
+        print(f"vdu-peft: error: out of memory ({first_line(error)}); use {mend}", file=sys.stderr)
         return 1
     except UnlearnError as error:
         print(f"vdu-peft: error: {error}", file=sys.stderr)

@@ -14,10 +14,11 @@ from vdu_peft.data import ImageSource
 from vdu_peft.denoiser import Denoiser, best_device
 from vdu_peft.evaluation import check_evaluation, evaluate, held_out_loss_gap, labelled_grids
 from vdu_peft.export import DTYPES
+from vdu_peft.families import FAMILIES
 from vdu_peft.judge import AttributeJudge, PretrainedJudge, open_judge
 from vdu_peft.likeness_evaluation import evaluate_likeness
 from vdu_peft.prompt_file import Target, check_sizes, read_prompt_file, seeded
-from vdu_peft.text_denoiser import TextDenoiser, open_denoiser
+from vdu_peft.text_denoiser import TextDenoiser, open_denoiser, pipeline_kind
 from vdu_peft.text_evaluation import MIN_FID_IMAGES, draw_and_look, evaluate_prompts, shown_places
 from vdu_peft.text_judges import Judges, load_clip
 
@@ -74,10 +75,13 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
 
 def _check_samples(args: argparse.Namespace) -> None:
-    """Of an evaluation that draws samples without a prompt: enough of them, and no option that goes with prompts."""
+    """Of an evaluation that draws samples without a prompt: enough of them, and no option or model that goes with
+    prompts."""
     for name in ("forget_attribute", "clip_model", "nudenet", "resolution", "guidance_scale", "dtype"):
         if getattr(args, name) is not None and getattr(args, name) is not False:  # 0 is a guidance scale
             raise ConfigError(f"{name}: goes with prompts")
+    if (kind := pipeline_kind(args.model)) in FAMILIES:
+        raise ConfigError(f"model: a {kind}, which draws what prompts ask for; evaluate it with prompts")
     check_evaluation(args.num_samples)
 
 

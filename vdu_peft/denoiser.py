@@ -18,6 +18,7 @@ from diffusers import (
     UNet2DModel,
 )
 from diffusers.models.attention_processor import Attention, AttnProcessor
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -353,11 +354,24 @@ class Denoiser:
         return None, None
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a complete diffusers pipeline, as safetensors; its class and scheduler are those it came with."""
+        """Write a complete diffusers pipeline, as safetensors; its class and scheduler are those it came with.
+
+        Raises:
+            ModelError: a network that is not diffusers', or one that carries an adapter.
+        """
+        self._refuse_adapted()
         if not isinstance(self.model, UNet2DModel):
             raise ModelError(f"{type(self.model).__name__} is not a diffusers model; save its state_dict yourself")
         pipeline, scheduler = self.sampled_by or (DDPMPipeline, self.scheduler)
         pipeline(self.model, scheduler).save_pretrained(folder, safe_serialization=True)
+
+    def _refuse_adapted(self) -> None:
+        """Written with an adapter's layers in it, a network loads as one that has lost the weights below them."""
+        if any(isinstance(module, BaseTunerLayer) for module in self.model.modules()):
+            raise ModelError(
+                "the model carries an adapter, which a pipeline cannot hold; put what merge_and_unload() of its "
+                "PeftModel gives in its place first, or use vdu_peft.export.merge"
+            )
 
 
 def image_seeds(seed: int, num_images: int) -> list[int]:

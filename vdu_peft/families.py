@@ -1,6 +1,9 @@
 """What sets the text-to-image families apart: how they encode prompts, and what their networks are called with."""
 
+from contextlib import contextmanager
+
 import torch
+from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from torch import nn
 
@@ -37,14 +40,25 @@ class Family:
     def encode_prompts(
         self, pipeline: DiffusionPipeline, prompts: list[str], image_size: tuple[int, int]
     ) -> dict[str, torch.Tensor]:
-        """What the network is told of each prompt, by name, each (P, ...) on the CPU."""
-        parts = [
-            [table.cpu() for table in self._encode(pipeline, prompts[start : start + PROMPT_BATCH_SIZE])]
-            for start in range(0, len(prompts), PROMPT_BATCH_SIZE)
-        ]
+        """What the network is told of each prompt, by name, each (P, ...) on the CPU.
+
+        Encoders on the CPU do it on a GPU if they fit there, for a T5 takes long on a CPU.
+        """
+        try:
+            with _moved(pipeline, PartialState().device):
+                parts = self._encode_all(pipeline, prompts)
+        except torch.OutOfMemoryError:
+            parts = self._encode_all(pipeline, prompts)
         return {name: torch.cat(tables) for name, tables in zip(self.embeddings, zip(*parts, strict=True), strict=True)}
 
     embeddings = ("encoder_hidden_states",)
+
+    def _encode_all(self, pipeline, prompts: list[str]) -> list[list[torch.Tensor]]:
+        """The :attr:`embeddings` of one batch of prompts after the other, on the CPU."""
+        return [
+            [table.cpu() for table in self._encode(pipeline, prompts[start : start + PROMPT_BATCH_SIZE])]
+            for start in range(0, len(prompts), PROMPT_BATCH_SIZE)
+        ]
 
     def _encode(self, pipeline, prompts: list[str]) -> tuple[torch.Tensor, ...]:
         """The :attr:`embeddings` of a batch of prompts."""
@@ -144,6 +158,20 @@ class Flux(Family):
             **rows,
         ).sample
         return nn.functional.pixel_shuffle(output.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)
+
+
+@contextmanager
+def _moved(pipeline: DiffusionPipeline, device: torch.device):
+    """Text encoders that are on the CPU on another device; then back."""
+    encoders = [module for name, module in pipeline.components.items() if name.startswith("text_encoder") and module]
+    encoders = [encoder for encoder in encoders if encoder.device.type == "cpu"]
+    try:
+        for encoder in encoders:
+            encoder.to(device)
+        yield
+    finally:
+        for encoder in encoders:
+            encoder.to("cpu")
 
 
 def _once(pipeline) -> dict:

@@ -11,6 +11,7 @@ from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
+from vdu_peft.first_line import first_line
 from vdu_peft.schedule import ModelError, plain_scheduler
 
 logger = logging.getLogger(__name__)
@@ -20,7 +21,25 @@ PIPELINES = {kind.__name__: kind for kind in (DDPMPipeline, DDIMPipeline, PNDMPi
 
 
 def check_folder(folder: Path) -> tuple[Path, Path | None]:
-    """(unet folder, scheduler folder or None) of a local model, checked before anything heavy."""
+    """(unet folder, scheduler folder or None) of a local model, checked before anything heavy.
+
+    Raises:
+        ModelError: no model there, one that is not a UNet2DModel, or one without safetensors weights.
+    """
+    unet_folder, scheduler_folder = _parts(folder)
+    if not list(unet_folder.glob("*.safetensors")):
+        pickles = sorted(f.name for f in unet_folder.iterdir() if f.suffix in (".bin", ".ckpt", ".pt", ".pth"))
+        found = (
+            f"only {', '.join(pickles)}, and pickle is never read; convert it to safetensors"
+            if pickles
+            else "no weights"
+        )
+        raise ModelError(f"{unet_folder}: no .safetensors file there, {found}")
+    return unet_folder, scheduler_folder
+
+
+def _parts(folder: Path) -> tuple[Path, Path | None]:
+    """As :func:`check_folder`, by the configs alone."""
     pipeline_folder = folder.resolve().parent
     if (folder / "unet").is_dir():
         unet_folder, scheduler_folder = folder / "unet", folder / "scheduler"
@@ -36,16 +55,9 @@ def check_folder(folder: Path) -> tuple[Path, Path | None]:
         raise ModelError(f"{unet_folder / 'config.json'}: not valid JSON ({error})") from error
     if kind != "UNet2DModel":
         raise ModelError(
-            f"{folder}: holds a {kind}, expected a UNet2DModel; of a text-to-image model give the whole pipeline"
+            f"{folder}: holds a {kind}, expected a UNet2DModel; a text-to-image model is a whole pipeline, and goes "
+            "with prompts (in Python a TextDenoiser)"
         )
-    if not list(unet_folder.glob("*.safetensors")):
-        pickles = sorted(f.name for f in unet_folder.iterdir() if f.suffix in (".bin", ".ckpt", ".pt", ".pth"))
-        found = (
-            f"only {', '.join(pickles)}, and pickle is never read; convert it to safetensors"
-            if pickles
-            else "no weights"
-        )
-        raise ModelError(f"{unet_folder}: no .safetensors file there, {found}")
     has_scheduler = (scheduler_folder / SCHEDULER_CONFIG_NAME).is_file()
     return unet_folder, scheduler_folder if has_scheduler else None
 
@@ -92,12 +104,20 @@ def stored_dtype(unet_folder: Path) -> torch.dtype:
 def from_hub(repo_id: str) -> tuple[Path, Path | None]:
     """As :func:`check_folder`, of a hub model, whose configs and safetensors files alone are fetched."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
+        # What turns out to be another kind of model may have weights of many gigabytes.
+        _parts(Path(snapshot_download(repo_id, allow_patterns=["*.json"])))
         folder = snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors"])
+    except GatedRepoError as error:
+        raise ModelError(
+            f"{repo_id}: its owner gates it; accept its terms on the hub, then log in (hf auth login)"
+        ) from error
     except HFValidationError as error:  # a mistyped path with one slash in it, such as ./base
         raise ModelError(f"{repo_id}: no such folder, and not a hub id of the form owner/name") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(f"{repo_id}: neither a local folder nor a hub model that can be reached") from error
+        raise ModelError(
+            f"{repo_id}: neither a local folder nor a hub model that can be reached ({first_line(error)})"
+        ) from error
     return check_folder(Path(folder))

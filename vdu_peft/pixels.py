@@ -62,7 +62,7 @@ def to_tensor(
 
 
 def check_images(images: torch.Tensor, image_size: tuple[int, int], channels: int, name: str) -> torch.Tensor:
-    """Check that a tensor is finite, (N, channels, height, width) and in [-1, 1]; returns it as float32."""
+    """Check that a tensor is finite, (N, channels, height, width) and in [-1, 1]; returns it as float32 on the CPU."""
     if images.ndim != 4 or not len(images):
         raise DataError(f"{name}: expected a non-empty (N, C, H, W) tensor, found shape {list(images.shape)}")
     if tuple(images.shape[1:]) != (channels, *image_size):
@@ -70,7 +70,7 @@ def check_images(images: torch.Tensor, image_size: tuple[int, int], channels: in
             f"{name}: the model expects {channels} x {image_size[0]} x {image_size[1]} images, "
             f"found {' x '.join(map(str, images.shape[1:]))}"
         )
-    images = images.float()
+    images = images.float().cpu()
     if not images.isfinite().all():
         raise DataError(f"{name}: holds NaN or infinite values")
     if images.abs().max() > 1.0 + 1e-4:

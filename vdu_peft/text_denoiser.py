@@ -125,8 +125,6 @@ class TextDenoiser(Denoiser):
         self.component = self.family.component
         self.guidance_scale = self.family.guidance_scale
         self.pipeline = pipeline
-        if vae.config.force_upcast:
-            vae.float()  # SDXL's overflows in float16
         self.latent_shape = latent_shape
         self.prompts = list(dict.fromkeys([*prompts, ""]))
         self.num_classes = len(self.prompts)
@@ -206,11 +204,12 @@ class TextDenoiser(Denoiser):
         """
         with self._vae() as vae:
             # One at a time: at SDXL's size eight would take 20 GiB.
+            dtype = vae.dtype
             latents = torch.cat(
-                [vae.encode(x[None].to(vae.device, vae.dtype)).latent_dist.mode().float().cpu() for x in images]
+                [vae.encode(x[None].to(vae.device, dtype)).latent_dist.mode().float().cpu() for x in images]
             )
         if not latents.isfinite().all():
-            raise ModelError(f"{self.name}: its VAE gives NaN or infinite latents in {vae.dtype}; load it in float32")
+            raise ModelError(f"{self.name}: its VAE gives NaN or infinite latents in {dtype}; load it in float32")
         return (latents - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
 
     @torch.no_grad()
@@ -223,16 +222,24 @@ class TextDenoiser(Denoiser):
 
     @contextmanager
     def _vae(self):
-        """The VAE beside the network; then back where it was, for it is idle while the adapter learns."""
+        """The VAE beside the network; then back where and as it was, for it is idle while the adapter learns.
+
+        In float32 where its config asks for it (``force_upcast``): SDXL's overflows in float16.
+        """
         vae = self.pipeline.vae
-        home = vae.device
+        home, stored = vae.device, vae.dtype
         try:
-            yield vae.to(self.device)
+            yield vae.to(self.device, torch.float32 if vae.config.force_upcast else stored)
         finally:
-            vae.to(home)
+            vae.to(home, stored)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the complete pipeline, all in the network's dtype, as safetensors."""
+        """Write the complete pipeline, all in the network's dtype, as safetensors.
+
+        Raises:
+            ModelError: the network carries an adapter.
+        """
+        self._refuse_adapted()
         self.pipeline.register_modules(**{self.component: self.model})
         self.pipeline.to(dtype=self.dtype)
         self.pipeline.save_pretrained(folder, safe_serialization=True)
@@ -258,6 +265,17 @@ def _variant(folder: Path) -> str | None:
     return None
 
 
+def pipeline_kind(name_or_path: str | Path) -> str | None:
+    """The class name of a diffusers pipeline, folder or hub id, by its config alone.
+
+    None for no pipeline: a bare UNet folder, or a name whose trouble the denoiser tells better.
+    """
+    try:
+        return DiffusionPipeline.load_config(str(name_or_path)).get("_class_name")
+    except (OSError, ValueError):
+        return None
+
+
 def open_denoiser(
     name_or_path: str | Path,
     prompts: Sequence[str] = (),
@@ -277,10 +295,7 @@ def open_denoiser(
     """
     if guidance_scale is not None and not 0 <= guidance_scale < math.inf:
         raise ModelError(f"guidance_scale must be a number from 0, not {guidance_scale}")
-    try:
-        kind = DiffusionPipeline.load_config(str(name_or_path)).get("_class_name")
-    except (OSError, ValueError):
-        kind = None  # no pipeline: a bare UNet folder, or a name whose trouble the denoiser tells better
+    kind = pipeline_kind(name_or_path)
     if kind in FAMILIES:
         denoiser = TextDenoiser.from_pretrained(name_or_path, prompts, torch_dtype, whole, resolution)
         if guidance_scale is not None:

@@ -128,25 +128,25 @@ def unlearn(
     mirrored = denoiser.encode(forget.flip(-1)) if config.random_flip else None
     images, forget = forget, denoiser.encode(forget)
     peft_model = attach(denoiser.model, adapter or VDUConfig.for_model(denoiser.model))
-    parameters = {n: p for n, p in denoiser.model.named_parameters() if p.requires_grad}
-    num_posterior = posterior_size(denoiser.model)
-    optimizer = torch.optim.Adam(parameters.values(), lr=config.learning_rate)
-    options = run_options(
-        config,
-        peft_model.active_peft_config,
-        images,
-        torch.cat([classes.forget_labels[:, None], classes.anchors], dim=1) if classes else None,
-        given_replay,
-        getattr(denoiser, "prompts", None),
-        denoiser.guidance_scale,
-        batch_shares(classes) | {"variation_noise": NOISE_SHARE},
-        accelerator.num_processes,
-        (p for p in denoiser.model.parameters() if not p.requires_grad),
-    )
     history: list[dict[str, float]] = []
     own: OwnAlike | None = None
     varied = forget[:0]
     try:
+        parameters = {n: p for n, p in denoiser.model.named_parameters() if p.requires_grad}
+        num_posterior = posterior_size(denoiser.model)
+        optimizer = torch.optim.Adam(parameters.values(), lr=config.learning_rate)
+        options = run_options(
+            config,
+            peft_model.active_peft_config,
+            images,
+            torch.cat([classes.forget_labels[:, None], classes.anchors], dim=1) if classes else None,
+            given_replay,
+            getattr(denoiser, "prompts", None),
+            denoiser.guidance_scale,
+            batch_shares(classes) | {"variation_noise": NOISE_SHARE},
+            accelerator.num_processes,
+            (p for p in denoiser.model.parameters() if not p.requires_grad),
+        )
         if resume:  # before replay is drawn, which takes its time, and in which the adapter has no part
             history = load_checkpoint(output_dir, parameters, optimizer, options)
         if replay is None:
