@@ -24,6 +24,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="pipeline folder or hub id of the base model")
     parser.add_argument("--adapter", required=True, help="folder of the saved adapter")
     parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in an existing output_dir")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="the base's own when left out")
     parser.add_argument("--prompt", help="of a text-to-image model: what to draw; none when left out")
     parser.add_argument("--num_images", type=int, default=4)
@@ -36,6 +37,8 @@ def release(args: argparse.Namespace) -> tuple[Denoiser, Denoiser]:
     """Write both, and load both back: (the merged model, the base with the plain LoRA)."""
     if args.num_images < 1:
         raise ValueError(f"num_images must be at least 1, not {args.num_images}")
+    if args.output_dir.is_dir() and any(args.output_dir.iterdir()) and not args.overwrite:
+        raise ValueError(f"{args.output_dir}: is not empty; choose another output_dir or pass --overwrite")
     base = open_denoiser(args.model, [args.prompt or ""])
     is_text = isinstance(base, TextDenoiser)
     if args.prompt is not None and not is_text:

@@ -4,13 +4,14 @@ import copy
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_unet
+from conftest import saved_adapter, tiny_unet
 from diffusers import UNet2DConditionModel, UNet2DModel
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
@@ -239,6 +240,13 @@ def test_adapter_of_another_base_of_the_same_shape(saved, pair):
     for p in tuned.parameters():
         p.data += 0.2 * p.std() * torch.randn_like(p)
     adapter.load_adapter(tuned, folder)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no modes of files there")
+def test_others_may_read_what_is_saved(tmp_path):
+    saved_adapter(tmp_path / "adapter")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    assert stat.filemode(weights.stat().st_mode) == "-rw-r--r--"
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

@@ -75,6 +75,8 @@ def test_from_a_folder_of_pictures_to_a_merged_pipeline(pipeline_folder, unlearn
     sample = ["sample", *model_and_adapter, "--num_images=4", "--num_inference_steps=2", f"--output_file={grid}"]
     assert main([*sample, "--scale", "0", "0.5", "1", "down_blocks=0.5,mid_block=0"]) == 0
     assert Image.open(grid).width > 3 * 8 * 8
+    assert main(["sample", f"--model={pipeline_folder}", "--scale=0.5"]) == 2
+    assert "scale: is an adapter's" in capsys.readouterr().err
     assert main(["inspect", *model_and_adapter]) == 0
     shown = capsys.readouterr().out
     assert "down_blocks.0.resnets.0.conv1" in shown and '"prior_scale": 0.1' in shown
@@ -144,8 +146,10 @@ def test_a_concept_of_a_text_to_image_model(tmp_path, pictures, pipeline_folder,
     assert main([*command, *prompts, "--dry_run"]) == 2
     assert "replay_size: 8 images cannot show all" in capsys.readouterr().err
     retain = f"--retain_prompts={tmp_path / 'retain.txt'}"
-    assert main([*command, *prompts, retain, "--plasticity=elbo", "--dry_run"]) == 0
+    assert main([*command, prompts[0], retain, "--plasticity=elbo", "--dry_run"]) == 0
     capsys.readouterr()
+    assert main([*command, *prompts, retain, "--plasticity=elbo", "--dry_run"]) == 2
+    assert "anchor_prompt: plasticity elbo redirects to nothing" in capsys.readouterr().err
     assert main([*command, *prompts, f"--retain_prompts={tmp_path / 'nowhere'}"]) == 2
     assert "not a readable text file of prompts" in capsys.readouterr().err
     assert main([*command, *prompts, retain]) in (0, 1)
@@ -171,6 +175,7 @@ def test_a_concept_of_a_text_to_image_model(tmp_path, pictures, pipeline_folder,
         (["--anchor_concept=a hand"], "anchor_concept: stands in place of a forget_concept"),
         (["--forget_concept", "a hat"], "none of it is in the caption 'a sword of"),
         (["--forget_concept", "a sword", "--anchor_prompt=a cat"], "leave out anchor_prompt"),
+        ([f"--anchor_prompt=a sword of {names[0]}"], "is the caption of a forget image itself"),
     ):
         assert main([*captions, *options]) == 2
         assert message in capsys.readouterr().err
@@ -219,6 +224,7 @@ def test_a_prompt_file_is_evaluated(tmp_path, pipeline_folder, pictures, capsys,
         ([model, *judge, "--resolution=32"], r"judge: takes (16, 16) images"),
         ([model, *judge, f"--reference={tmp_path / 'few.npz'}"], "reference: 4 images are too few"),
         ([model, *judge, "--label_column=x"], "the reference of a prompt file has no labels"),
+        ([model, *judge, "--forget_label=x"], "forget_label: chooses from forget_data, which is not given"),
         ([model, f"--clip_model={tmp_path / 'nowhere'}"], "cannot be loaded as a CLIP model"),
         ([model, *judge, "--guidance_scale=-1"], "guidance_scale must be a number from 0"),
         ([f"--model={pipeline_folder}", *judge], "is not a text-to-image model"),
@@ -273,7 +279,15 @@ def test_options_from_a_file_and_the_command_line_wins(unlearn_command, tmp_path
     assert adapter["r"] == 2 and adapter["variational"] is False and adapter["lora_alpha"] == 0.5
     file.write_text(yaml.safe_dump({"earlystopping": False}))
     assert main([*unlearn_command, "--overwrite", f"--config={file}"]) == 2
-    assert "run.yaml: unlearn has no option earlystopping" in capsys.readouterr().err
+    assert "run.yaml: unlearn has no option earlystopping; did you mean early_stopping?" in capsys.readouterr().err
+    file.write_text("max_train_step: 10\n")  # not false: the parser would have told it, without the file
+    assert main([*unlearn_command, "--overwrite", f"--config={file}"]) == 2
+    assert "run.yaml: unlearn has no option max_train_step; did you mean" in capsys.readouterr().err
+    assert main([f"--config={file}", *unlearn_command]) == 2
+    assert "the command comes first, as in vdu-peft unlearn --config" in capsys.readouterr().err
+    file.write_text("forget_label: []\nforget_prompt: -a\n")
+    assert main([*unlearn_command, "--overwrite", f"--config={file}"]) == 2
+    assert "forget_prompt: " in capsys.readouterr().err
 
 
 def test_options_from_a_json_file_indented_by_tabs(unlearn_command, tmp_path, capsys):
@@ -284,6 +298,21 @@ def test_options_from_a_json_file_indented_by_tabs(unlearn_command, tmp_path, ca
     file.write_text("{")
     assert main([*unlearn_command, f"--config={file}"]) == 2
     assert "run.json: not a readable YAML or JSON file" in capsys.readouterr().err
+
+
+def test_help_tells_every_default(capsys):
+    told = {"unlearn": ["Default: 350", "Default: 0.003", "default train", "Default: 0."]}
+    told |= {
+        "sample": ["default 64, of a text-to-image model 8", "Default: 25.", "Default: samples.png.", "Default: 0."]
+    }
+    told |= {"evaluate": ["Default: 1000.", "Default: 25.", "Default: 1.", "test of the reference"]}
+    told |= {"demo": ["Default: 200.", "Default: demo."]}
+    for name, texts in told.items():
+        with pytest.raises(SystemExit, match="0"):
+            main([name, "--help"])
+        shown = " ".join(capsys.readouterr().out.split())
+        assert all(text in shown for text in texts), name
+        assert "When None" not in shown and "Default: None" not in shown
 
 
 def test_dry_run_writes_nothing(unlearn_command, tmp_path, capsys):
@@ -316,7 +345,7 @@ def test_fp16_on_a_cpu_is_refused_before_anything_is_loaded(tmp_path, capsys):
 FOUND_BY_A_DRY_RUN = [
     *WOULD_NOT_START,
     ("--target_modules=nothing_like_it", "target_modules"),
-    ("--replay_inference_steps=2000", "inference steps must lie in 1 to 1000"),
+    ("--replay_inference_steps=2000", "replay_inference_steps must lie in 1 to 1000"),
     ("--resume_from_checkpoint=latest", "no checkpoint to resume from"),
 ]
 
@@ -340,15 +369,22 @@ def test_the_demo_finds_what_would_not_start_before_it_samples(tmp_path, capsys,
     [
         ("--rank=0", "rank must be at least 1"),
         ("--target_modules=nothing_like_it", "target_modules"),
-        ("--forget_target=1", "forget_target must be greater than 1"),
+        ("--forget_target=1", "forget_target must be a number greater than 1"),
+        ("--learning_rate=inf", "learning_rate must be a number greater than 0"),
+        ("--stability_weight=inf", "stability_weight must be a number from 0"),
+        ("--anchor_prompt=a dog", "anchor_prompt: "),
+        ("--retain_prompts=/nowhere", "retain_prompts: "),
+        ("--image_column=images", "a folder of images has no image_column"),
+        ("--label_column=labels", "label_column: chooses nothing by itself; say which label to forget"),
+        ("--forget_data=nowhere/", "nowhere: no such folder or .npz file"),
         ("--model=/nowhere", "/nowhere: no such folder"),
         ("--model=./nowhere", "./nowhere: no such folder"),
         ("--forget_data=/nowhere", "/nowhere: no such folder"),
         ("--resume_from_checkpoint=latest", "no checkpoint to resume from"),
         ("--seed=-1", "seed must lie in"),
         ("--forget_tolerance=2", "forget_tolerance must lie in"),
-        ("--max_forget_images=0", "max_images must be at least 1"),
-        ("--replay_inference_steps=2000", "inference steps must lie in 1 to 1000"),
+        ("--max_forget_images=0", "max_forget_images must be at least 1"),
+        ("--replay_inference_steps=2000", "replay_inference_steps must lie in 1 to 1000"),
         ("--config=/nowhere.yaml", "/nowhere.yaml: not a readable"),
         ("--guidance_scale=2", "guidance_scale: "),
     ],
@@ -426,7 +462,8 @@ def test_help_explains_the_runs_options_in_the_docstrings_words(capsys):
         main(["unlearn", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     for told in (
-        "c of both: raise the forget images' denoising loss to c times the original, and no further. Default: 3.0.",
+        "c of hinge and reciprocal: raise the forget images' denoising loss to c times the original, and no further. "
+        "Default: 3.0.",
         "--plasticity {hinge,reciprocal,elbo} hinge or reciprocal (bounded)",
         "--max_forget_timestep MAX_FORGET_TIMESTEP and to less than this one. When",
         "--seed SEED of everything random. Default: 0.",

@@ -249,6 +249,18 @@ def test_files_are_opened_one_by_one_and_only_those_meant(tmp_path):
         source.load((8, 8), 3)
 
 
+def test_pictures_that_are_not_read_are_told_of(tmp_path, caplog):
+    for name in ("a.png", "b.bmp"):
+        Image.new("L", (8, 8)).save(tmp_path / name)
+    (tmp_path / "c.HEIC").touch()
+    (tmp_path / "notes.txt").touch()
+    assert len(ImageSource(str(tmp_path)).load((8, 8), 1)) == 1
+    assert "2 images are left out that are no png, jpg or webp, such as b.bmp; convert them" in caplog.text
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(DataError, match=r"no images found \(png, jpg or webp\)"):
+        ImageSource(str(tmp_path)).load((8, 8), 1)
+
+
 def test_checked_images_are_on_the_cpu(forget):
     class Elsewhere(torch.Tensor):
         """As one on a GPU, which no array can be made of."""
@@ -279,7 +291,10 @@ def test_labels_come_with_their_images(tmp_path):
     torch.testing.assert_close((images[:, 0, 0, 0] + 1) * 127.5, loaded * 100.0)
     with pytest.raises(DataError, match="name their array or column with label_column"):
         ImageSource(source["path"], image_column="images").load_labelled((8, 8), 1)
-    with pytest.raises(DataError, match="no integer labels"):
+    np.savez(tmp_path / "named.npz", images=np.zeros((2, 8, 8), dtype=np.uint8), labels=["a", "b"])
+    with pytest.raises(DataError, match="no integer labels there; labels holds <U1"):
+        ImageSource(str(tmp_path / "named.npz"), label_column="labels").load_labelled((8, 8), 1)
+    with pytest.raises(DataError, match="has no label_column; leave it out, or use an .npz"):
         (tmp_path / "folder").mkdir()
         Image.new("L", (8, 8)).save(tmp_path / "folder" / "a.png")
         ImageSource(str(tmp_path / "folder"), label_column="labels").load_labelled((8, 8), 1)

@@ -374,6 +374,8 @@ def test_prompts_from_a_file(tmp_path):
         read_prompts(tmp_path / "empty.txt")
     with pytest.raises(ModelError, match="not a readable text file"):
         read_prompts(tmp_path / "nowhere.txt")
+    with pytest.raises(ModelError, match="prompts.csv: a table; write the prompts alone"):
+        read_prompts(tmp_path / "prompts.csv")
     assert len(neutral_prompts()) >= 20
 
 

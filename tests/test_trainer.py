@@ -143,7 +143,7 @@ def test_a_run_that_does_not_start_leaves_the_model_as_it_was(pipeline_folder, f
             patched.setattr(trainer_module, "run_options", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             unlearn(denoiser, forget, config)
     else:
-        with pytest.raises(ModelError, match="inference steps must lie in"):
+        with pytest.raises(ModelError, match="replay_inference_steps must lie in"):
             unlearn(denoiser, forget, replace(config, replay_inference_steps=2000))
     fresh = Denoiser.from_pretrained(pipeline_folder)
     assert denoiser.model.state_dict().keys() == fresh.model.state_dict().keys()

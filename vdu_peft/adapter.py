@@ -172,6 +172,8 @@ def _atomic_folder(folder: Path) -> Iterator[Path]:
     fresh.chmod(0o755)
     try:
         yield fresh
+        for file in fresh.rglob("*.safetensors"):
+            file.chmod(0o644)  # safetensors' own is the writer's alone, and the folder is to be released
         if folder.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
             folder.rename(old / folder.name)

@@ -17,6 +17,7 @@ from vdu_peft.export import DTYPES
 from vdu_peft.families import FAMILIES
 from vdu_peft.judge import AttributeJudge, PretrainedJudge, open_judge
 from vdu_peft.likeness_evaluation import evaluate_likeness
+from vdu_peft.options import forget_source
 from vdu_peft.prompt_file import Target, check_sizes, read_prompt_file, seeded
 from vdu_peft.text_denoiser import TextDenoiser, open_denoiser, pipeline_kind
 from vdu_peft.text_evaluation import MIN_FID_IMAGES, draw_and_look, evaluate_prompts, shown_places
@@ -28,8 +29,10 @@ JUDGE_PROBE = 200
 
 
 def run_sample(args: argparse.Namespace) -> int:
-    if args.num_images < 1:
+    if args.num_images is not None and args.num_images < 1:
         raise ConfigError(f"num_images must be at least 1, not {args.num_images}")
+    if args.adapter is None and args.scale is not None:
+        raise ConfigError("scale: is an adapter's; name it with adapter")
     if Image.registered_extensions().get(args.output_file.suffix.lower()) not in Image.SAVE:
         raise ConfigError(f"{args.output_file}: not an image file name; end it in .png")
     denoiser = _drawing_denoiser(args, args.prompt).to_best_device()
@@ -47,21 +50,22 @@ def run_sample(args: argparse.Namespace) -> int:
         options["class_labels"] = labels
     elif args.class_labels:
         raise ConfigError("class_labels: the model is unconditional; leave them out")
+    count = args.num_images or (8 if isinstance(denoiser, TextDenoiser) else 64)
     if args.adapter is None:
-        panels = {"base": denoiser.sample(args.num_images, progress="base", **options)}
+        panels = {"base": denoiser.sample(count, progress="base", **options)}
     else:
         denoiser.model = load_adapter(denoiser.model, args.adapter).get_base_model()
-        panels = {}
-        for scale in args.scale:
+        panels, scales = {}, args.scale or [0.0, 1.0]
+        for scale in scales:
             with adapter_scale(denoiser.model, scale):
                 pass  # a block that is not there fails now, not after the grids before it are drawn
-        for scale in args.scale:
+        for scale in scales:
             if isinstance(scale, dict):
                 title = ", ".join(f"{block} {value:g}" for block, value in scale.items())
             else:
                 title = "adapter off" if scale == 0 else f"scale {scale:g}"
             with adapter_scale(denoiser.model, scale):
-                panels[title] = denoiser.sample(args.num_images, progress=title, **options)
+                panels[title] = denoiser.sample(count, progress=title, **options)
     args.output_file.parent.mkdir(parents=True, exist_ok=True)
     labelled_grids(panels, columns=8).save(args.output_file)
     print(f"wrote {args.output_file}")
@@ -85,6 +89,13 @@ def _check_samples(args: argparse.Namespace) -> None:
     check_evaluation(args.num_samples)
 
 
+def _check_no_choice(args: argparse.Namespace) -> None:
+    """Of an evaluation without forget_data: no option that chooses from it."""
+    if args.forget_label or args.max_forget_images is not None:
+        name = "forget_label" if args.forget_label else "max_forget_images"
+        raise ConfigError(f"{name}: chooses from forget_data, which is not given")
+
+
 def _context(args: argparse.Namespace, *names: str) -> dict[str, str]:
     """How the figures of samples that are drawn without a prompt came about."""
     told = {name: str(getattr(args, name)) for name in ("model", "adapter", *names)}
@@ -95,15 +106,9 @@ def _evaluate_likeness(args: argparse.Namespace) -> int:
     for name in ("judge", "reference", "forget_class"):
         if getattr(args, name) is not None:
             raise ConfigError(f"{name}: forget_data is looked for without a judge; give one or the other")
+    source = forget_source(args)
     _check_samples(args)
     denoiser = Denoiser.from_pretrained(args.model)
-    source = ImageSource(
-        args.forget_data,
-        split=args.dataset_split,
-        image_column=args.image_column,
-        label_column=args.label_column,
-        labels=tuple(args.forget_label),
-    )
     forget = source.load(denoiser.image_size, denoiser.channels)
     denoiser.model = load_adapter(denoiser.to_best_device().model, args.adapter).get_base_model()
     sampling = {"num_inference_steps": args.num_inference_steps, "seed": args.seed}
@@ -121,12 +126,16 @@ def _evaluate_class(args: argparse.Namespace) -> int:
                 "models prompts"
             )
     _check_samples(args)
+    _check_no_choice(args)
     judge = open_judge(args.judge, best_device())
     if not 0 <= args.forget_class < judge.num_classes:
         raise ConfigError(f"forget_class must lie in 0 to {judge.num_classes - 1}, the judge's classes")
     denoiser = Denoiser.from_pretrained(args.model)
     source = ImageSource(
-        args.reference, split=args.dataset_split, image_column=args.image_column, label_column=args.label_column
+        args.reference,
+        split=args.dataset_split or "test",
+        image_column=args.image_column,
+        label_column=args.label_column,
     )
     if isinstance(judge, PretrainedJudge):
         if denoiser.channels not in (1, judge.channels):
@@ -180,6 +189,7 @@ def _evaluate_prompts(args: argparse.Namespace) -> int:
         raise ConfigError("forget_class: a prompt file's target is a forget_attribute")
     if args.label_column is not None:
         raise ConfigError("label_column: the reference of a prompt file has no labels; leave it out")
+    _check_no_choice(args)
     if (args.judge is None) != (args.forget_attribute is None):
         raise ConfigError("forget_attribute: is what a judge looks for; give both or neither")
     if args.judge is None and args.clip_model is None and not args.nudenet:
@@ -199,7 +209,7 @@ def _evaluate_prompts(args: argparse.Namespace) -> int:
         raise ConfigError(f"judge: takes {judge.image_size} images, {args.model} draws {denoiser.image_size}")
     reference = None
     if args.reference is not None:
-        source = ImageSource(args.reference, split=args.dataset_split, image_column=args.image_column)
+        source = ImageSource(args.reference, split=args.dataset_split or "test", image_column=args.image_column)
         images = source.load(denoiser.image_size, denoiser.channels)
         if len(images) < MIN_FID_IMAGES:
             raise ConfigError(f"reference: {len(images)} images are too few for a distance; give {MIN_FID_IMAGES}")

@@ -13,11 +13,10 @@ from accelerate import PartialState
 
 from vdu_peft.classes import run_classes
 from vdu_peft.config import ConfigError, UnlearnConfig, VDUConfig
-from vdu_peft.data import ImageSource
 from vdu_peft.demo import peak_memory_mib, run_demo
 from vdu_peft.denoiser import Denoiser, best_device
 from vdu_peft.evaluation import check_evaluation, labelled_grids, loss_plot
-from vdu_peft.options import ADAPTER_OPTIONS
+from vdu_peft.options import ADAPTER_OPTIONS, forget_source
 from vdu_peft.precision import check_precision
 from vdu_peft.text_denoiser import TextDenoiser, anchor_prompts, neutral_prompts, open_denoiser, read_prompts
 from vdu_peft.trainer import check_run, unlearn
@@ -25,22 +24,18 @@ from vdu_peft.trainer import check_run, unlearn
 
 def run_unlearn(args: argparse.Namespace) -> int:
     config, adapter_options = _run_config(args)
-    source = ImageSource(
-        args.forget_data,
-        split=args.dataset_split,
-        image_column=args.image_column,
-        label_column=args.label_column,
-        labels=tuple(args.forget_label),
-        caption_column=args.caption_column,
-        max_images=args.max_forget_images,
-    )
+    source = dataclasses.replace(forget_source(args), caption_column=args.caption_column)
     if args.forget_prompt is not None and args.caption_column is not None:
         raise ConfigError("forget_prompt: caption_column gives each image its own; name one of them")
     if args.forget_prompt == "" and args.anchor_prompt:
         raise ConfigError("anchor_prompt: an empty forget_prompt is redirected to nothing; leave anchor_prompt out")
     if args.forget_prompt and args.forget_prompt == args.anchor_prompt:
         raise ConfigError("forget_prompt: must be a prompt other than the anchor_prompt")
+    if args.plasticity == "elbo" and args.anchor_prompt:
+        raise ConfigError("anchor_prompt: plasticity elbo redirects to nothing; use hinge, or leave anchor_prompt out")
     captions = source.captions() if args.caption_column is not None else []
+    if args.anchor_prompt and args.anchor_prompt in captions:
+        raise ConfigError(f"anchor_prompt: {args.anchor_prompt!r} is the caption of a forget image itself")
     anchors = _anchor_captions(captions, args)
     prompts = [*captions, *anchors] if args.forget_prompt is None else [args.forget_prompt]
     if prompts:
@@ -116,8 +111,8 @@ def _with_prompts(config: UnlearnConfig, denoiser: Denoiser, args: argparse.Name
     """The run's classes, where they are prompts."""
     options = [n for n in ("forget_prompt", "caption_column") if getattr(args, n) is not None]
     if not isinstance(denoiser, TextDenoiser):
-        if options:
-            raise ConfigError(f"{options[0]}: {args.model} is not a text-to-image model; leave it out")
+        if given := [*options, *(n for n in ("anchor_prompt", "retain_prompts") if getattr(args, n))]:
+            raise ConfigError(f"{given[0]}: {args.model} is not a text-to-image model; leave it out")
         return config
     if not options:
         raise ConfigError(
@@ -154,7 +149,8 @@ def run_demo_command(args: argparse.Namespace) -> int:
 
 
 def _run_config(args: argparse.Namespace) -> tuple[UnlearnConfig, dict]:
-    config = UnlearnConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(UnlearnConfig)})
+    names = [field.name for field in dataclasses.fields(UnlearnConfig) if hasattr(args, field.name)]
+    config = UnlearnConfig(**{name: getattr(args, name) for name in names})
     # Not accelerate's device: to ask for it so early starts accelerate without the run's options.
     check_precision(config, best_device())
     adapter = {name: getattr(args, option) for option, name in ADAPTER_OPTIONS.items()}

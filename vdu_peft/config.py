@@ -173,7 +173,8 @@ class UnlearnConfig:
             ``reciprocal`` for an unconditional model: its push falls as the loss rises, so that it ends where replay
             resists, near what is like the concept, and goes on where nothing does. ``hinge`` for a model with a
             condition, which is redirected.
-        forget_target: c of both: raise the forget images' denoising loss to c times the original, and no further.
+        forget_target: c of ``hinge`` and ``reciprocal``: raise the forget images' denoising loss to c times the
+            original, and no further.
         stability_weight: weight of the function-space stability on self-generated replay. When None, 1.75 for an
             unconditional model, 1 for one with a condition.
         kl_weight: weight of the KL (nats) per posterior weight: K is how many weights ``lora_B`` has. Not per element
@@ -217,7 +218,7 @@ class UnlearnConfig:
         early_stopping: once the forget target holds, let the learning rate fall to 0 over a fifth of
             ``max_train_steps`` and stop; not where a class or prompt is redirected, which has no target value.
         checkpointing_steps: save every so many steps; 0 never.
-        report_to: tracker of accelerate, such as ``tensorboard``; None for none.
+        report_to: tracker of accelerate, such as ``tensorboard``; none when None.
         seed: of everything random.
     """
 
@@ -253,16 +254,17 @@ class UnlearnConfig:
             known = get_args(kind)
             if getattr(self, name) not in (*known, self.__dataclass_fields__[name].default):
                 raise ConfigError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
-        if not self.forget_target > 1:
+        if not 1 < self.forget_target < math.inf:
             raise ConfigError(
-                f"forget_target must be greater than 1 (1 is the original loss), not {self.forget_target}"
+                f"forget_target must be a number greater than 1 (1 is the original loss), not {self.forget_target}"
             )
         for name in ("learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be greater than 0, not {getattr(self, name)}")
+            # No clipping is a gradient norm of infinity.
+            if not 0 < getattr(self, name) < math.inf and (name, getattr(self, name)) != ("max_grad_norm", math.inf):
+                raise ConfigError(f"{name} must be a number greater than 0, not {getattr(self, name)}")
         for name in ("stability_weight", "kl_weight", "min_forget_images", "checkpointing_steps"):
-            if getattr(self, name) is not None and not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be a number from 0, not {getattr(self, name)}")
         for name in (
             "train_batch_size",
             "max_train_steps",

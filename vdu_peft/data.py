@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import logging
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -16,7 +17,10 @@ from torch.utils.data import Dataset
 
 from vdu_peft.pixels import DataError, eight_bits, to_tensor
 
+logger = logging.getLogger(__name__)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+# Those of cameras that Pillow reads by a plugin alone.
+_CAMERA_SUFFIXES = {".heic", ".heif", ".dng", ".raw", ".cr2", ".nef", ".arw"}
 # What numpy raises on an .npz that is none, is damaged, or holds pickled objects.
 _UNREADABLE = (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error)
 
@@ -80,8 +84,8 @@ class ImageSource:
         if self.label_column is None:
             raise DataError(f"{self.path}: labels are needed; name their array or column with label_column")
         images, labels = self._load(image_size, channels)
-        if labels is None or not np.issubdtype(labels.dtype, np.integer):
-            raise DataError(f"{self.path}: no integer labels there; use an .npz or a hub dataset that has them")
+        if not np.issubdtype(labels.dtype, np.integer):
+            raise DataError(f"{self.path}: no integer labels there; {self.label_column} holds {labels.dtype}")
         return images, torch.from_numpy(labels.astype(np.int64))
 
     def _load(self, image_size: tuple[int, int], channels: int) -> tuple[torch.Tensor, np.ndarray | None]:
@@ -102,13 +106,16 @@ class ImageSource:
             images, labels, captions = self._from_npz(path)
         elif path.exists():
             raise DataError(f"{path}: not a folder of images or an .npz file; put the images in a folder")
-        elif path.is_absolute() or self.path.startswith((".", "~")) or self.path.count("/") > 1:
+        elif (
+            path.is_absolute() or self.path.startswith((".", "~")) or self.path.count("/") > 1 or self.path[-1:] == "/"
+        ):
             raise DataError(f"{path}: no such folder or .npz file")
         else:
             images, labels, captions = self._from_hub()
         if not len(images):
             chosen = f" with label {', '.join(self.labels)}" if self.labels else ""
-            raise DataError(f"{self.path}: no images{chosen} found")
+            kinds = " (png, jpg or webp)" if path.is_dir() else ""
+            raise DataError(f"{self.path}: no images{chosen} found{kinds}")
         if self.max_images is not None and len(images) > self.max_images:
             keep = np.linspace(0, len(images) - 1, self.max_images).round().astype(int)
             images = [images[i] for i in keep]
@@ -119,7 +126,21 @@ class ImageSource:
     def _from_folder(self, folder: Path) -> tuple[list[Path], list[str] | None]:
         if self.labels:
             raise DataError(f"{folder}: a folder has no labels to choose from; give the folder of one class")
-        files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
+        for name in ("image_column", "label_column"):
+            if getattr(self, name) is not None:
+                raise DataError(
+                    f"{folder}: a folder of images has no {name}; leave it out, or use an .npz or a hub dataset"
+                )
+        there = sorted(f for f in folder.rglob("*") if f.is_file())
+        files = [f for f in there if f.suffix.lower() in IMAGE_SUFFIXES]
+        others = {*Image.registered_extensions(), *_CAMERA_SUFFIXES}.difference(IMAGE_SUFFIXES)
+        if unread := [f for f in there if f.suffix.lower() in others]:
+            logger.warning(
+                "%s: %d images are left out that are no png, jpg or webp, such as %s; convert them",
+                folder,
+                len(unread),
+                unread[0].relative_to(folder),
+            )
         captions = None if self.caption_column is None else _read_captions(folder, files, self.caption_column)
         return files, captions
 
@@ -174,15 +195,16 @@ class ImageSource:
         from datasets import Image as ImageFeature
         from datasets import load_dataset
         from datasets.exceptions import DatasetNotFoundError
+        from huggingface_hub.errors import HFValidationError
 
         try:
             dataset = load_dataset(self.path, split=self.split)
-        except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
+        except (DatasetNotFoundError, ConnectionError, FileNotFoundError, HFValidationError) as error:
             raise DataError(
                 f"{self.path}: neither a local folder or .npz nor a hub dataset that can be reached"
             ) from error
         except ValueError as error:  # unknown split, ambiguous config: datasets' own words say which
-            raise DataError(f"{self.path}: {error}") from error
+            raise DataError(f"{self.path}, dataset_split {self.split}: {error}") from error
         column = self.image_column or next(
             (n for n, f in dataset.features.items() if isinstance(f, ImageFeature)), None
         )

@@ -194,10 +194,10 @@ class Denoiser:
         prediction = self._predict(x_t, told, class_labels, model or self.model)
         return self.schedule.noise_pred(prediction, x_t, timesteps)
 
-    def check_inference_steps(self, num_inference_steps: int) -> None:
-        """Raises ModelError unless the schedule has so many steps to sample with."""
+    def check_inference_steps(self, num_inference_steps: int, name: str = "num_inference_steps") -> None:
+        """Raises ModelError, with the option's ``name``, unless the schedule has so many steps to sample with."""
         if not 1 <= num_inference_steps <= self.num_train_timesteps:
-            raise ModelError(f"inference steps must lie in 1 to {self.num_train_timesteps}, not {num_inference_steps}")
+            raise ModelError(f"{name} must lie in 1 to {self.num_train_timesteps}, not {num_inference_steps}")
 
     @torch.no_grad()
     def sample(

@@ -44,7 +44,7 @@ def check_evaluation(num_samples: int = MIN_SAMPLES) -> None:
         ConfigError: too few samples, or a library of the extra ``eval`` that is missing.
     """
     if num_samples < MIN_SAMPLES:
-        raise ConfigError(f"num_samples must be at least {MIN_SAMPLES} for a u-FID on 64 features, not {num_samples}")
+        raise ConfigError(f"num_samples must be at least {MIN_SAMPLES}, not {num_samples}: fewer tell too little")
     for library in ("matplotlib", "scipy", "torchmetrics"):
         if find_spec(library) is None:
             raise ConfigError(f"evaluation needs {library}: pip install 'vdu-peft[eval]'")

@@ -11,6 +11,7 @@ from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from safetensors.torch import save_file
+from torch import nn
 
 from vdu_peft.adapter import (
     AdapterError,
@@ -65,7 +66,7 @@ def merge(
     kept = DTYPES[dtype] if dtype else denoiser.stored_dtype
     peft_model = load_adapter(denoiser.model, adapter)
     _check_merged_values(peft_model, kept, adapter)
-    denoiser.model = peft_model.merge_and_unload().to(kept)
+    denoiser.model = nn.Module.to(peft_model.merge_and_unload(), kept)  # diffusers' own warns of nothing
     with atomic_folder(Path(output_dir)) as fresh:
         denoiser.save_pretrained(fresh)
         facts = {"adapter": Path(adapter).resolve().name, "weights": str(kept).removeprefix("torch.")}

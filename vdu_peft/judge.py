@@ -63,7 +63,9 @@ class Judge(nn.Module):
         try:
             judge.load_state_dict({name: tensor.float() for name, tensor in load_file(file).items()})
         except (OSError, SafetensorError, RuntimeError) as error:
-            raise JudgeError(f"{file}: not the weights of a judge ({first_line(error)})") from error
+            raise JudgeError(
+                f"{file}: not the weights of a judge, as examples/train_judge.py writes them ({first_line(error)})"
+            ) from error
         return judge.eval()
 
 
@@ -223,5 +225,8 @@ class AttributeJudge(nn.Module):
             judge = cls(json.loads(header["attributes"]), json.loads(header["image_size"]))
             judge.load_state_dict({name: tensor.float() for name, tensor in load_file(file).items()})
         except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
-            raise JudgeError(f"{file}: not the weights of an attribute judge ({first_line(error)})") from error
+            raise JudgeError(
+                f"{file}: not the weights of an attribute judge, as examples/train_attribute_judge.py writes them "
+                f"({first_line(error)})"
+            ) from error
         return judge.eval()

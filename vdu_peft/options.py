@@ -2,20 +2,24 @@
 
 import argparse
 import dataclasses
+import difflib
 import inspect
 import json
 import re
 import sys
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
 from vdu_peft.config import ConfigError, UnlearnConfig, VDUConfig
+from vdu_peft.data import ImageSource
 from vdu_peft.denoiser import best_device
 from vdu_peft.export import DTYPES, FORMATS
 from vdu_peft.first_line import first_line
 from vdu_peft.precision import quick_precision
+from vdu_peft.version import __version__
 
 # The adapter's options, by the names that diffusers' LoRA scripts use.
 ADAPTER_OPTIONS = {"rank": "r", "lora_alpha": "lora_alpha", "prior_scale": "prior_scale", "init_scale": "init_scale"}
@@ -30,7 +34,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         ConfigError: the file of ``--config`` cannot be read, or output_dir holds something that is not to be
             overwritten.
     """
-    parser = argparse.ArgumentParser(prog="vdu-peft", description="Remove a class from a diffusion model.")
+    parser = argparse.ArgumentParser(prog="vdu-peft", description="Remove a class or a concept from a diffusion model.")
+    parser.add_argument("--version", action="version", version=f"vdu-peft {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     def command(name, summary, example):
@@ -39,7 +44,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             help=summary,
             description=summary,
             epilog=f"example:\n  {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_HelpFormatter,
             allow_abbrev=False,
         )
         sub.set_defaults(command=name)
@@ -55,12 +60,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     sub.add_argument(
         "--forget_data",
         required=True,
-        help="folder of images, .npz file (uint8, or floats in [-1, 1] or [0, 1]), or hub dataset id",
+        help="folder of images (png, jpg, webp), .npz file (uint8, or floats in [-1, 1] or [0, 1]), or hub dataset id; "
+        "of an image of another shape than the model's the middle is used",
     )
-    sub.add_argument("--output_dir", type=Path, required=True)
-    _source_arguments(sub, split="train")
-    sub.add_argument("--forget_label", nargs="+", default=[], help="keep only images that the data set labels so")
-    sub.add_argument("--max_forget_images", type=int, help="use at most this many, evenly spread")
+    sub.add_argument("--output_dir", type=Path, required=True, help="gets adapter/, history.json and pictures")
+    _source_arguments(sub, "default train")
+    _forget_arguments(sub)
     sub.add_argument(
         "--forget_prompt",
         help='of a text-to-image model: what draws the forget images; "" for what is drawn without a prompt',
@@ -105,17 +110,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--scale",
         type=_scale,
         nargs="+",
-        default=[0.0, 1.0],
-        help="one grid for each; 0 is off, 1 is on, and down_blocks=0.5,mid_block=0 scales by block",
+        help="one grid for each; 0 is off, 1 is on (default: both), and down_blocks=0.5,mid_block=0 scales by block",
     )
-    sub.add_argument("--num_images", type=int, default=64)
+    sub.add_argument("--num_images", type=int, help="of each grid; default 64, of a text-to-image model 8")
     sub.add_argument("--class_labels", type=int, nargs="+", help="of a class-conditional model: draw these in turn")
     sub.add_argument("--prompt", nargs="+", default=[], help="of a text-to-image model: draw these in turn")
     _text_arguments(sub)
     _dtype_argument(sub)
-    sub.add_argument("--num_inference_steps", type=int, default=25)
-    sub.add_argument("--output_file", type=Path, default=Path("samples.png"))
-    sub.add_argument("--seed", type=int, default=0)
+    _steps_argument(sub)
+    sub.add_argument("--output_file", type=Path, default=Path("samples.png"), help="picture of all grids")
+    sub.add_argument("--seed", type=int, default=0, help="of the samples, the same at every scale")
 
     sub = command(
         "compose",
@@ -133,7 +137,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "vdu-peft merge --model base --adapter out/adapter --output_dir merged",
     )
     _model_argument(sub)
-    sub.add_argument("--adapter", type=Path, required=True)
+    _adapter_argument(sub)
     sub.add_argument("--dtype", choices=DTYPES, help="of the written weights; the base's own when left out")
     sub.add_argument("--onnx", action="store_true", help="write unet/model.onnx, too; of a UNet2DModel")
     _output_arguments(sub)
@@ -143,7 +147,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "Write the posterior mean alone as a plain LoRA for stock PEFT, diffusers, ComfyUI or WebUI.",
         "vdu-peft export --adapter out/adapter --format kohya --output_dir lora",
     )
-    sub.add_argument("--adapter", type=Path, required=True)
+    _adapter_argument(sub)
     sub.add_argument("--format", choices=FORMATS, default="peft", help="kohya is what ComfyUI and WebUI read")
     _output_arguments(sub)
 
@@ -153,7 +157,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "vdu-peft inspect --model base --adapter out/adapter",
     )
     _model_argument(sub)
-    sub.add_argument("--adapter", type=Path, required=True)
+    _adapter_argument(sub)
 
     sub = command(
         "evaluate",
@@ -165,21 +169,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--forget_attribute weapon=sword --output_dir report",
     )
     _model_argument(sub)
-    sub.add_argument("--adapter", type=Path, required=True)
+    _adapter_argument(sub)
     sub.add_argument(
         "--forget_data",
-        help="the forget images, as for unlearn: how many samples look like them, told without a judge or labels",
+        help="of a model that draws without prompts: the forget images, as for unlearn; how many samples look like "
+        "them, told without a judge or labels",
     )
-    sub.add_argument("--forget_label", nargs="+", default=[], help="keep only images that the data set labels so")
+    _forget_arguments(sub)
     sub.add_argument(
         "--judge",
         help="an image classifier of transformers (folder or hub id, such as microsoft/resnet-50), or a file that "
-        "examples/train_judge.py, for prompts train_attribute_judge.py, writes",
+        "examples/train_judge.py writes; for prompts one that examples/train_attribute_judge.py writes",
     )
     sub.add_argument(
         "--reference", help="real images: with labels, of all classes; for prompts without labels or the target"
     )
-    _source_arguments(sub, split="test")
+    _source_arguments(sub, "default train of forget_data, test of the reference")
     sub.add_argument("--forget_class", type=int, help="number of the forgotten class, the judge's and the reference's")
     sub.add_argument(
         "--prompts",
@@ -199,22 +204,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="samples with the adapter off, and as many with it on (for forget_data as many again, to compare with); "
         "of prompts one each",
     )
-    sub.add_argument("--num_inference_steps", type=int, default=25)
+    _steps_argument(sub)
     sub.add_argument("--output_dir", type=Path, required=True, help="gets report.json and pictures")
     sub.add_argument("--overwrite", action="store_true", help="write into an output_dir that is not empty")
-    sub.add_argument("--seed", type=int, default=1)
+    sub.add_argument("--seed", type=int, default=1, help="of the samples")
 
     sub = command(
         "demo",
         "Forget one digit of the MNIST model that ships with the package.",
         "vdu-peft demo --forget_digit 1 --output_dir demo",
     )
-    sub.add_argument("--forget_digit", type=int, default=1, choices=range(10))
+    sub.add_argument("--forget_digit", type=int, default=1, choices=range(10), help="what to forget")
     sub.add_argument("--num_samples", type=int, default=200, help="samples before and after, for the report")
-    sub.add_argument("--num_inference_steps", type=int, default=25)
-    sub.add_argument("--output_dir", type=Path, default=Path("demo"))
+    _steps_argument(sub)
+    sub.add_argument("--output_dir", type=Path, default=Path("demo"), help="gets adapter/, report.json and pictures")
     sub.add_argument("--overwrite", action="store_true", help="write into an output_dir that is not empty")
-    _run_arguments(sub, mixed_precision=quick_precision(best_device()))
+    # Its model has no condition, and it does not resume.
+    left_out = ("forget_class", "anchor_class", "null_class", "checkpointing_steps")
+    _run_arguments(sub, left_out, mixed_precision=quick_precision(best_device()))
 
     args = _with_config_file(parser, commands, argv)
     if hasattr(args, "overwrite") and not getattr(args, "resume_from_checkpoint", None):
@@ -247,28 +254,67 @@ def _with_config_file(
         raise ConfigError(f"{file}: not a readable YAML or JSON file ({first_line(error)})") from error
     if not isinstance(options, dict):
         raise ConfigError(f"{file}: expected option: value pairs")
+    if not argv or argv[0] not in commands.choices:
+        raise ConfigError(f"config: the command comes first, as in vdu-peft unlearn --config {file}")
+    known = [option.removeprefix("--") for option in commands.choices[argv[0]]._option_string_actions]
+    # Here: by the parser a misspelled name would be told without the file, and one that is false or null not at all.
+    for name in options:
+        if name not in known:
+            alike = difflib.get_close_matches(str(name), known, 1)
+            meant = f"; did you mean {alike[0]}?" if alike else ""
+            raise ConfigError(f"{file}: {argv[0]} has no option {name}{meant}")
     given = []
     for name, value in options.items():
         if value is True:
             given.append(f"--{name}")
         elif value is False and name in _NEGATABLE:
             given.append(f"--no-{name}")
+        elif isinstance(value, list):
+            given += [f"--{name}", *map(str, value)] if value else []
         elif value is not False and value is not None:
-            given += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    args = parser.parse_args(argv[:1] + given + argv[1:])
-    # What is false or null was not among the given: a name that does not exist would be dropped without a word.
-    if unknown := [
-        name for name in options if f"--{name}" not in commands.choices[args.command]._option_string_actions
-    ]:
-        raise ConfigError(f"{file}: {args.command} has no option {unknown[0]}")
-    return args
+            given.append(f"--{name}={value}")  # in one: it may begin with a dash
+    return parser.parse_args(argv[:1] + given + argv[1:])
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Tells the default of every option that has one and does not tell it itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        unset = action.default is None or action.default is False or action.default in ("", [], argparse.SUPPRESS)
+        if unset or "default" in text:
+            return text
+        return f"{text.removesuffix('.')}. Default: %(default)s."
+
+
+def forget_source(args: argparse.Namespace) -> ImageSource:
+    """The forget images as the options name them.
+
+    Raises:
+        ConfigError: a number of none, or labels to choose from and no choice.
+    """
+    if args.max_forget_images is not None and args.max_forget_images < 1:
+        raise ConfigError(f"max_forget_images must be at least 1, not {args.max_forget_images}")
+    if args.label_column is not None and not args.forget_label:
+        raise ConfigError("label_column: chooses nothing by itself; say which label to forget with forget_label")
+    return ImageSource(
+        args.forget_data,
+        split=args.dataset_split or "train",
+        image_column=args.image_column,
+        label_column=args.label_column,
+        labels=tuple(args.forget_label),
+        max_images=args.max_forget_images,
+    )
 
 
 def _scale(text: str) -> float | dict[str, float]:
     """A scale for all layers, or one for each block."""
-    if "=" not in text:
-        return float(text)
-    return {block.strip(): float(value) for block, value in (part.split("=") for part in text.split(","))}
+    try:
+        if "=" not in text:
+            return float(text)
+        return {block.strip(): float(value) for block, value in (part.split("=") for part in text.split(","))}
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor block=number,...") from error
 
 
 def _model_argument(parser: argparse.ArgumentParser) -> None:
@@ -281,9 +327,23 @@ def _model_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _source_arguments(parser: argparse.ArgumentParser, split: str) -> None:
+def _adapter_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--adapter", type=Path, required=True, help="folder of a saved adapter, such as out/adapter")
+
+
+def _steps_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num_inference_steps", type=int, default=25, help="sampler steps")
+
+
+def _forget_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which images of forget_data are meant."""
+    parser.add_argument("--forget_label", nargs="+", default=[], help="keep only images that the data set labels so")
+    parser.add_argument("--max_forget_images", type=int, help="use at most this many, evenly spread")
+
+
+def _source_arguments(parser: argparse.ArgumentParser, default_split: str) -> None:
     """Where images and labels lie in an ImageSource."""
-    parser.add_argument("--dataset_split", default=split, help="split of a hub dataset")
+    parser.add_argument("--dataset_split", help=f"split of a hub dataset; {default_split}")
     parser.add_argument("--image_column", help="image column of a hub dataset, or array name in an .npz")
     parser.add_argument("--label_column", help="label column of a hub dataset, or array name in an .npz")
 
@@ -300,7 +360,7 @@ def _dtype_argument(parser: argparse.ArgumentParser) -> None:
 
 def _output_arguments(parser: argparse.ArgumentParser) -> None:
     """A folder that is written whole."""
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output_dir")
     _hub_arguments(parser)
 
@@ -314,17 +374,21 @@ def _explained(config: type) -> dict[str, str]:
     """What the docstring's ``Args`` say of every field: the one place where options are explained."""
     # Without docstrings (python -OO) there is nothing to find.
     entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", inspect.getdoc(config) or "", flags=re.MULTILINE)
-    return {name: " ".join(text.replace("``", "").split()) for name, text in entries}
+    # Nobody can give None on a command line.
+    return {
+        name: " ".join(text.replace("``", "").split()).replace("hen None", "hen left out") for name, text in entries
+    }
 
 
-def _run_arguments(parser: argparse.ArgumentParser, **defaults) -> None:
-    """One option for every field of UnlearnConfig, and the adapter's; ``defaults`` in place of the fields' own."""
+def _run_arguments(parser: argparse.ArgumentParser, left_out: Sequence[str] = (), **defaults) -> None:
+    """One option for every other field of UnlearnConfig, and the adapter's; ``defaults`` in place of the fields'."""
     group = parser.add_argument_group("unlearning")
     explained = _explained(UnlearnConfig)
     for field in dataclasses.fields(UnlearnConfig):
+        if field.name in left_out:
+            continue
         kind, default = field.type, defaults.get(field.name, field.default)
-        text = explained.get(field.name, "") + ("" if default is None else f" Default: {default}.")
-        options = {"default": default, "help": text.replace("%", "%%")}
+        options = {"default": default, "help": explained.get(field.name, "").replace("%", "%%")}
         if type(None) in typing.get_args(kind):  # int | None: int
             kind = next(t for t in typing.get_args(kind) if t is not type(None))
         if kind is bool:
@@ -336,7 +400,6 @@ def _run_arguments(parser: argparse.ArgumentParser, **defaults) -> None:
     group = parser.add_argument_group("adapter")
     for option, name in ADAPTER_OPTIONS.items():
         field = VDUConfig.__dataclass_fields__[name]
-        text = f"{field.metadata['help']} Default: {field.default}."
-        group.add_argument(f"--{option}", type=field.type, default=field.default, help=text)
+        group.add_argument(f"--{option}", type=field.type, default=field.default, help=field.metadata["help"])
     text = VDUConfig.__dataclass_fields__["variational"].metadata["help"]
     group.add_argument("--variational", action=argparse.BooleanOptionalAction, default=True, help=text)

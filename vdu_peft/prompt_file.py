@@ -100,7 +100,10 @@ def read_prompt_file(file: str | Path, judge: AttributeJudge | None, target: Tar
             what = f"{target.attribute} {min(unknown)!r}" if target.attribute in known else target.attribute
             raise PromptFileError(f"forget_attribute: the judge knows no {what}")
         if not any(map(target.is_asked_by, prompts)):
-            raise PromptFileError(f"{file}: no prompt asks for {target.attribute} {' or '.join(target.values)}")
+            raise PromptFileError(
+                f"{file}: no prompt asks for {target.attribute} {' or '.join(target.values)}; say in a column "
+                f"{target.attribute!r} what each asks for"
+            )
     return prompts
 
 

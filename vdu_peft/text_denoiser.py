@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from torch import nn
 
 from vdu_peft.denoiser import Denoiser, ModelError
 from vdu_peft.families import FAMILIES
@@ -30,8 +31,10 @@ def read_prompts(file: str | Path) -> list[str]:
     """One prompt a line; blank lines and repetitions are dropped.
 
     Raises:
-        ModelError: the file is missing, not text, or holds no prompt.
+        ModelError: the file is missing, not text, a table, or holds no prompt.
     """
+    if Path(file).suffix.lower() == ".csv":
+        raise ModelError(f"{file}: a table; write the prompts alone, one a line, in a .txt file")
     try:
         lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -229,9 +232,10 @@ class TextDenoiser(Denoiser):
         vae = self.pipeline.vae
         home, stored = vae.device, vae.dtype
         try:
-            yield vae.to(self.device, torch.float32 if vae.config.force_upcast else stored)
+            # diffusers' own ``to`` warns of nothing whenever there is a dtype.
+            yield nn.Module.to(vae, self.device, torch.float32 if vae.config.force_upcast else stored)
         finally:
-            vae.to(home, stored)
+            nn.Module.to(vae, home, stored)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the complete pipeline, all in the network's dtype, as safetensors.

@@ -114,6 +114,8 @@ def unlearn(
     output_dir = Path(output_dir) if output_dir is not None else None
     if resume:
         check_resumable(output_dir, config)
+    if replay is None:
+        denoiser.check_inference_steps(config.replay_inference_steps, "replay_inference_steps")
     accelerator = _accelerator(config, output_dir, denoiser.dtype)
     if output_dir is not None:
         output_dir.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written fails now, not after training
@@ -279,7 +281,7 @@ def check_run(
     """
     if resume:
         check_resumable(output_dir, config)
-    denoiser.check_inference_steps(config.replay_inference_steps)
+    denoiser.check_inference_steps(config.replay_inference_steps, "replay_inference_steps")
     _accelerator(config, output_dir, denoiser.dtype)
     make_trainable_as_before = trainable_state(denoiser.model)
     attach(denoiser.model, copy.deepcopy(adapter))  # PEFT writes into the config
@@ -302,7 +304,8 @@ def _accelerator(config: UnlearnConfig, output_dir: Path | None, dtype: torch.dt
             mixed_precision=config.mixed_precision, log_with=config.report_to, project_dir=output_dir
         )
     except ValueError as error:
-        raise ConfigError(f"mixed_precision {config.mixed_precision}, report_to {config.report_to}: {error}") from error
+        name = "report_to" if "logging" in str(error) else "mixed_precision"
+        raise ConfigError(f"{name} {getattr(config, name)}: {error}") from error
     check_processes(accelerator)
     check_precision(config, accelerator.device, dtype)
     if config.report_to and not accelerator.log_with:  # accelerate leaves out a tracker that is not installed
