@@ -25,8 +25,8 @@ import torch
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
-from benchmarks.bases import DATA, Base, BaseError
-from benchmarks.experiment import EXPERIMENTS, RESULTS, ExperimentError, Run, read_experiment
+from benchmarks.bases import BASES, DATA, Base, BaseError
+from benchmarks.experiment import EXPERIMENTS, RESULTS, Experiment, ExperimentError, Run, read_experiment
 from benchmarks.methods import METHODS
 from benchmarks.relearning import relearn
 from benchmarks.results import StaleResultError, has_result, kept_images, write_result
@@ -110,6 +110,16 @@ def is_missing(item: Run, results: Path) -> bool:
     return item.load(results) is None or not has_result(item.result_file(results), item.base_model)
 
 
+def has_base(experiment: Experiment) -> bool:
+    """Whether its base model is there, which not every one is before it is trained; where it is not, that is said."""
+    try:
+        _ = BASES[experiment.base].digest
+    except BaseError as error:
+        print(f"{experiment.name} is left out: {error}", file=sys.stderr)
+        return False
+    return True
+
+
 def check_files(items: list[Run], data_dir: Path) -> None:
     """Whether the real images and retrained models that the runs need are there.
 
@@ -181,6 +191,8 @@ def main(argv=None) -> int:
     names = args.names or sorted(file.stem for file in args.experiments_dir.glob("*.json"))
     try:
         experiments = [read_experiment(args.experiments_dir / f"{name}.json") for name in names]
+        if not args.names:
+            experiments = [experiment for experiment in experiments if has_base(experiment)]
         missing = [item for e in experiments for item in e.runs if is_missing(item, args.results_dir)]
         check_files(missing, args.data_dir)
     except (ExperimentError, StaleResultError, BaseError) as error:

@@ -72,6 +72,20 @@ def test_bad_experiment_is_one_clear_error(tmp_path, capsys, change, message):
     assert message in capsys.readouterr().err
 
 
+def test_an_experiment_whose_base_is_not_trained_is_left_out_where_all_are_to_run(tmp_path, capsys, monkeypatch):
+    content = json.loads((EXPERIMENTS / "mnist-digits.json").read_text()) | {"forget_classes": [1]}
+    monkeypatch.setitem(BASES, "cifar10", replace(BASES["cifar10"], folder=tmp_path / "untrained"))
+    for name, base in (("there", "mnist"), ("untrained", "cifar10")):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content | {"base": base}))
+    folders = [f"--experiments_dir={tmp_path}", f"--results_dir={tmp_path / 'results'}"]
+    assert run.main(["--dry_run", *folders]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.split() == ["there/vdu_peft-1-0"]
+    assert "untrained is left out: " in shown.err and "no trained model there" in shown.err
+    assert run.main(["untrained", "--dry_run", *folders]) == 2
+    assert "no trained model there" in capsys.readouterr().err
+
+
 def test_small_experiment_runs_once_and_becomes_a_table(tmp_path, capsys):
     content = {
         "title": "A small experiment",
