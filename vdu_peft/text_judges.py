@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from vdu_peft.denoiser import ModelError
+from vdu_peft.denoiser import ModelError, best_device
 from vdu_peft.first_line import first_line
 from vdu_peft.judge import AttributeJudge
 from vdu_peft.pixels import to_pixels
@@ -88,13 +88,15 @@ class Judges:
 def load_clip(name_or_path: str):
     """(CLIPModel, CLIPProcessor) of a hub id or folder, such as ``openai/clip-vit-base-patch16``; safetensors only.
 
+    The model is on the machine's best device.
+
     Raises:
         ModelError: the model cannot be loaded.
     """
     from transformers import CLIPModel, CLIPProcessor
 
     try:
-        model = CLIPModel.from_pretrained(name_or_path, use_safetensors=True).eval()
+        model = CLIPModel.from_pretrained(name_or_path, use_safetensors=True).eval().to(best_device())
         return model, CLIPProcessor.from_pretrained(name_or_path)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{name_or_path}: cannot be loaded as a CLIP model ({first_line(error)})") from error
@@ -115,8 +117,9 @@ def clip_scores(images: torch.Tensor, prompts: Sequence[EvaluationPrompt], clip:
         pixels = to_pixels(images[rows])
         texts = [prompts[i].text for i in rows]
         inputs = processor(text=texts, images=list(pixels), return_tensors="pt", padding=True, truncation=True)
+        inputs = inputs.to(model.device)
         output = model(**inputs)
-        scores.append(100 * torch.cosine_similarity(output.image_embeds, output.text_embeds))
+        scores.append(100 * torch.cosine_similarity(output.image_embeds, output.text_embeds).cpu())
     return torch.cat(scores)
 
 
