@@ -189,6 +189,10 @@ def test_a_concept_of_a_text_to_image_model(tmp_path, pictures, pipeline_folder,
     assert main([*sample, "--prompt", "a sword", "--class_labels", "1"]) == 2
     assert main([*sample, "--prompt", "a sword", "a cat"]) == 0
     assert Image.open(grid).width > 2 * 2 * 16
+    one = ["sample", model, "--num_inference_steps=1", f"--output_file={grid}", "--prompt"]
+    for count, rows in ((2, 1), (9, 2)):  # 8 of any number of prompts, and every prompt once
+        assert main([*one, *(f"cat {i}" for i in range(count))]) == 0
+        assert Image.open(grid).height == rows * 2 * 16 + 24
     assert main(["export", adapter, "--format=kohya", f"--output_dir={tmp_path / 'lora'}"]) == 0
     assert main(["merge", model, adapter, f"--output_dir={tmp_path / 'merged'}"]) == 0
     assert (tmp_path / "merged" / "vae").is_dir() and (tmp_path / "lora" / "pytorch_lora_weights.safetensors").is_file()
@@ -285,7 +289,7 @@ def test_options_from_a_file_and_the_command_line_wins(unlearn_command, tmp_path
     assert "run.yaml: unlearn has no option max_train_step; did you mean" in capsys.readouterr().err
     assert main([f"--config={file}", *unlearn_command]) == 2
     assert "the command comes first, as in vdu-peft unlearn --config" in capsys.readouterr().err
-    file.write_text("forget_label: []\nforget_prompt: -a\n")
+    file.write_text("forget_label: []\ntarget_modules: [-a]\nforget_prompt: -a\n")
     assert main([*unlearn_command, "--overwrite", f"--config={file}"]) == 2
     assert "forget_prompt: " in capsys.readouterr().err
 
@@ -301,11 +305,16 @@ def test_options_from_a_json_file_indented_by_tabs(unlearn_command, tmp_path, ca
 
 
 def test_help_tells_every_default(capsys):
-    told = {"unlearn": ["Default: 350", "Default: 0.003", "default train", "Default: 0."]}
+    told = {"unlearn": ["Default: 350", "Default: 0.003", "default train", "random. Default: 0.", "Default: False."]}
     told |= {
-        "sample": ["default 64, of a text-to-image model 8", "Default: 25.", "Default: samples.png.", "Default: 0."]
+        "sample": [
+            "default 64, of a text-to-image model 8",
+            "Default: 25.",
+            "Default: samples.png.",
+            "scale. Default: 0.",
+        ]
     }
-    told |= {"evaluate": ["Default: 1000.", "Default: 25.", "Default: 1.", "test of the reference"]}
+    told |= {"evaluate": ["Default: 1000.", "Default: 25.", "samples. Default: 1.", "test of the reference"]}
     told |= {"demo": ["Default: 200.", "Default: demo."]}
     for name, texts in told.items():
         with pytest.raises(SystemExit, match="0"):

@@ -250,12 +250,13 @@ def test_files_are_opened_one_by_one_and_only_those_meant(tmp_path):
 
 
 def test_pictures_that_are_not_read_are_told_of(tmp_path, caplog):
+    (tmp_path / "license.pdf").touch()
     for name in ("a.png", "b.bmp"):
         Image.new("L", (8, 8)).save(tmp_path / name)
     (tmp_path / "c.HEIC").touch()
     (tmp_path / "notes.txt").touch()
     assert len(ImageSource(str(tmp_path)).load((8, 8), 1)) == 1
-    assert "2 images are left out that are no png, jpg or webp, such as b.bmp; convert them" in caplog.text
+    assert "2 pictures are left out that are no png, jpg or webp, such as b.bmp; convert them" in caplog.text
     (tmp_path / "a.png").unlink()
     with pytest.raises(DataError, match=r"no images found \(png, jpg or webp\)"):
         ImageSource(str(tmp_path)).load((8, 8), 1)

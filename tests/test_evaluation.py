@@ -53,6 +53,7 @@ def test_the_oracle_is_what_is_drawn_of_other_classes():
     assert 20 < len(others) < 180
     real = reference, torch.arange(200) % 10, (0.0, 0.0)
     report = evaluate(before, others, judge, forget_class, *real)
-    assert report.u_fid_oracle == report.u_fid_after != report.u_fid_before
+    assert report.u_fid_oracle == pytest.approx(report.u_fid_after, rel=1e-4)  # features of batches of other sizes
+    assert report.u_fid_oracle != pytest.approx(report.u_fid_before, rel=0.01)
     everything = evaluate(before[labels == forget_class], others, judge, forget_class, *real)
     assert math.isnan(everything.u_fid_oracle)

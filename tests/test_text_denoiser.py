@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from conftest import saved_adapter, tiny_text_pipeline, tiny_unet
 from diffusers import (
     DDIMScheduler,
@@ -348,6 +350,21 @@ def test_the_vae_works_in_float32_and_stays_as_the_caller_s_pipeline_has_it(tmp_
     assert drawn.shape == (1, 3, 16, 16)
 
 
+@pytest.mark.parametrize("use_cpu", [True, False])
+def test_encoding_prompts_starts_accelerate_as_the_run_would(tmp_path, monkeypatch, use_cpu):
+    """What is started first stays: it decides the run's device, and whether its processes are joined."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", str(use_cpu).lower())
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        TextDenoiser(tiny_text_pipeline(tmp_path), PROMPTS)
+        started = PartialState._shared_state["_cpu"]
+        AcceleratorState._reset_state(reset_partial_state=True)
+        Accelerator()
+        assert started == PartialState._shared_state["_cpu"] == use_cpu
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def test_prompts_are_encoded_where_the_encoders_are_if_they_do_not_fit_elsewhere(tmp_path, monkeypatch):
     pipeline = tiny_text_pipeline(tmp_path, "sdxl")
     there = TextDenoiser(pipeline, PROMPTS).embeddings
@@ -358,7 +375,7 @@ def test_prompts_are_encoded_where_the_encoders_are_if_they_do_not_fit_elsewhere
         if device == torch.device("cuda"):
             raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(families, "PartialState", lambda: SimpleNamespace(device=torch.device("cuda")))
+    monkeypatch.setattr(families, "PartialState", lambda cpu: SimpleNamespace(device=torch.device("cuda")))
     monkeypatch.setattr(pipeline.text_encoder_2, "to", to)
     monkeypatch.setattr(pipeline.text_encoder, "to", lambda device: asked.append(str(device)))
     embeddings = TextDenoiser(pipeline, PROMPTS).embeddings
@@ -408,10 +425,13 @@ def test_guidance_up_to_one_is_none_as_in_the_stock_pipelines(tmp_path):
         denoiser.sample(2, seed=[7], class_labels=[0])
 
 
-def test_a_vae_that_overflows_is_named(tmp_path, images):
-    pipeline = tiny_text_pipeline(tmp_path)
+@pytest.mark.parametrize("upcast", [True, False])
+def test_a_vae_that_overflows_is_named(tmp_path, images, upcast):
+    pipeline = tiny_text_pipeline(tmp_path).to(torch.bfloat16)
+    pipeline.vae.register_to_config(force_upcast=upcast)
     pipeline.vae.encoder.conv_in.weight.data.fill_(float("inf"))
-    with pytest.raises(ModelError, match="NaN or infinite latents in torch.float32"):
+    told = "float32; look whether its weights are whole" if upcast else "bfloat16; load it in float32"
+    with pytest.raises(ModelError, match=f"NaN or infinite latents in torch.{told}"):
         TextDenoiser(pipeline, PROMPTS).encode(images)
 
 

@@ -50,7 +50,7 @@ def run_sample(args: argparse.Namespace) -> int:
         options["class_labels"] = labels
     elif args.class_labels:
         raise ConfigError("class_labels: the model is unconditional; leave them out")
-    count = args.num_images or (8 if isinstance(denoiser, TextDenoiser) else 64)
+    count = args.num_images or (max(8, len(args.prompt)) if isinstance(denoiser, TextDenoiser) else 64)
     if args.adapter is None:
         panels = {"base": denoiser.sample(count, progress="base", **options)}
     else:

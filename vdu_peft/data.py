@@ -19,8 +19,8 @@ from vdu_peft.pixels import DataError, eight_bits, to_tensor
 
 logger = logging.getLogger(__name__)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-# Those of cameras that Pillow reads by a plugin alone.
-_CAMERA_SUFFIXES = {".heic", ".heif", ".dng", ".raw", ".cr2", ".nef", ".arw"}
+# Other pictures, of which it is said that they are left out.
+OTHER_SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".tif", ".tiff")
 # What numpy raises on an .npz that is none, is damaged, or holds pickled objects.
 _UNREADABLE = (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error)
 
@@ -90,6 +90,14 @@ class ImageSource:
 
     def _load(self, image_size: tuple[int, int], channels: int) -> tuple[torch.Tensor, np.ndarray | None]:
         images, labels, _ = self._read()
+        others = sorted(f for f in Path(self.path).rglob("*") if f.suffix.lower() in OTHER_SUFFIXES)
+        if others:
+            logger.warning(
+                "%s: %d pictures are left out that are no png, jpg or webp, such as %s; convert them",
+                self.path,
+                len(others),
+                others[0].relative_to(self.path),
+            )
         # A file at a time: photos are many times the size that the model takes.
         opened = (_open(image) if isinstance(image, Path) else image for image in images)
         return torch.stack([to_tensor(image, image_size, channels, name=self.path) for image in opened]), labels
@@ -131,16 +139,7 @@ class ImageSource:
                 raise DataError(
                     f"{folder}: a folder of images has no {name}; leave it out, or use an .npz or a hub dataset"
                 )
-        there = sorted(f for f in folder.rglob("*") if f.is_file())
-        files = [f for f in there if f.suffix.lower() in IMAGE_SUFFIXES]
-        others = {*Image.registered_extensions(), *_CAMERA_SUFFIXES}.difference(IMAGE_SUFFIXES)
-        if unread := [f for f in there if f.suffix.lower() in others]:
-            logger.warning(
-                "%s: %d images are left out that are no png, jpg or webp, such as %s; convert them",
-                folder,
-                len(unread),
-                unread[0].relative_to(folder),
-            )
+        files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
         captions = None if self.caption_column is None else _read_captions(folder, files, self.caption_column)
         return files, captions
 

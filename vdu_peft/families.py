@@ -4,6 +4,7 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from diffusers import DiffusionPipeline
 from torch import nn
 
@@ -44,8 +45,10 @@ class Family:
 
         Encoders on the CPU do it on a GPU if they fit there, for a T5 takes long on a CPU.
         """
+        # As the run's Accelerator, which comes later and takes over what is started here.
+        device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
         try:
-            with _moved(pipeline, PartialState().device):
+            with _moved(pipeline, device):
                 parts = self._encode_all(pipeline, prompts)
         except torch.OutOfMemoryError:
             parts = self._encode_all(pipeline, prompts)

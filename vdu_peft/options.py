@@ -112,7 +112,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         nargs="+",
         help="one grid for each; 0 is off, 1 is on (default: both), and down_blocks=0.5,mid_block=0 scales by block",
     )
-    sub.add_argument("--num_images", type=int, help="of each grid; default 64, of a text-to-image model 8")
+    sub.add_argument(
+        "--num_images", type=int, help="of each grid; default 64, of a text-to-image model 8, or one of each prompt"
+    )
     sub.add_argument("--class_labels", type=int, nargs="+", help="of a class-conditional model: draw these in turn")
     sub.add_argument("--prompt", nargs="+", default=[], help="of a text-to-image model: draw these in turn")
     _text_arguments(sub)
@@ -269,10 +271,11 @@ def _with_config_file(
             given.append(f"--{name}")
         elif value is False and name in _NEGATABLE:
             given.append(f"--no-{name}")
-        elif isinstance(value, list):
+        elif isinstance(value, list) and len(value) != 1:
             given += [f"--{name}", *map(str, value)] if value else []
         elif value is not False and value is not None:
-            given.append(f"--{name}={value}")  # in one: it may begin with a dash
+            # In one: it may begin with a dash.
+            given.append(f"--{name}={value[0] if isinstance(value, list) else value}")
     return parser.parse_args(argv[:1] + given + argv[1:])
 
 
@@ -281,8 +284,8 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        unset = action.default is None or action.default is False or action.default in ("", [], argparse.SUPPRESS)
-        if unset or "default" in text:
+        is_flag = action.default is False and not isinstance(action, argparse.BooleanOptionalAction)
+        if is_flag or action.default is None or action.default in ("", [], argparse.SUPPRESS) or "default" in text:
             return text
         return f"{text.removesuffix('.')}. Default: %(default)s."
 

@@ -212,7 +212,8 @@ class TextDenoiser(Denoiser):
                 [vae.encode(x[None].to(vae.device, dtype)).latent_dist.mode().float().cpu() for x in images]
             )
         if not latents.isfinite().all():
-            raise ModelError(f"{self.name}: its VAE gives NaN or infinite latents in {dtype}; load it in float32")
+            mend = "look whether its weights are whole" if dtype == torch.float32 else "load it in float32"
+            raise ModelError(f"{self.name}: its VAE gives NaN or infinite latents in {dtype}; {mend}")
         return (latents - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
 
     @torch.no_grad()
