@@ -298,11 +298,11 @@ def test_runs_on_another_base_beside_its_retrained_model(small_base, tmp_path, c
 
 
 def test_the_oracle_filter_drops_what_the_judge_calls_the_forgotten_digit():
-    images, config = demo_images(7, base_denoiser()), UnlearnConfig(replay_size=30, replay_inference_steps=25)
+    images, config = demo_images(7, base_denoiser()), UnlearnConfig(replay_size=30, replay_inference_steps=8)
     task = Task(
         base_denoiser(), images.forget, images.retain, 1, 2, 0, classify=lambda images: demo_judge().judge(images)[1]
     )
-    every = base_denoiser().sample(30, seed=REPLAY_SEED, num_inference_steps=25)
+    every = base_denoiser().sample(30, seed=REPLAY_SEED, num_inference_steps=8)
     _, digits = demo_judge().judge(every)
     assert (digits == 7).any()
     torch.testing.assert_close(oracle_replay(task, config), every[digits != 7])
@@ -432,7 +432,7 @@ def test_resnet20_s_layers_see_what_they_were_trained_on():
 
     layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, nn.BatchNorm2d)}
     hooks = [layer.register_forward_hook(compare(name)) for name, layer in layers.items()]
-    network.judge(demo_samples(BASES["cifar10"].denoiser(), 64, 0, None))
+    network.judge(demo_samples(BASES["cifar10"].denoiser(), 64, 0, None, num_inference_steps=15))
     for hook in hooks:
         hook.remove()
     assert len(off) == 19 and max(off.values()) < 0.4
