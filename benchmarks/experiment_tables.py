@@ -81,15 +81,14 @@ def columns_of(records: list[dict], retrained: dict[tuple[str, int], float]) -> 
         u_fid = retrained.get((record["spec"]["base"], record["spec"]["forget_class"]), math.nan)
         return record["report"]["u_fid_after"] / u_fid
 
-    optional = {"over oracle": (over_oracle, "{:.2f}"), "over retrained": (over_retrained, "{:.2f}")}
-    known = [
-        (name, column)
-        for name, column in optional.items()
-        if not all(math.isnan(column[0](record)) for record in records)
-    ]
-    items = list({**pul_columns(records), **COLUMNS}.items())
-    ratio_at = [name for name, _ in items].index("ratio") + 1
-    return dict([*items[:ratio_at], *known, *items[ratio_at:]])
+    columns = {}
+    for name, column in {**pul_columns(records), **COLUMNS}.items():
+        columns[name] = column
+        if name == "ratio":
+            for other, value in {"over oracle": over_oracle, "over retrained": over_retrained}.items():
+                if not all(math.isnan(value(record)) for record in records):
+                    columns[other] = value, "{:.2f}"
+    return columns
 
 
 def cell(values: list[float], form: str, pick: Callable[[list[float]], float] = mean) -> str:

@@ -74,7 +74,8 @@ ALLOWED = {
     "onnx_export": {"config", "denoiser"},
     "export": {"adapter", "card", "config", "denoiser", "onnx_export", "text_denoiser"},
     "demo": {"config", "denoiser", "evaluation", "judge", "pixels", "trainer"},
-    "options": {"config", "data", "denoiser", "export", "first_line", "precision", "version"},
+    "option_file": {"config", "first_line"},
+    "options": {"config", "data", "denoiser", "export", "option_file", "precision", "version"},
     "cli_unlearn": {
         "classes",
         "config",

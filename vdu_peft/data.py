@@ -90,14 +90,7 @@ class ImageSource:
 
     def _load(self, image_size: tuple[int, int], channels: int) -> tuple[torch.Tensor, np.ndarray | None]:
         images, labels, _ = self._read()
-        others = sorted(f for f in Path(self.path).rglob("*") if f.suffix.lower() in OTHER_SUFFIXES)
-        if others:
-            logger.warning(
-                "%s: %d pictures are left out that are no png, jpg or webp, such as %s; convert them",
-                self.path,
-                len(others),
-                others[0].relative_to(self.path),
-            )
+        _tell_left_out(Path(self.path))
         # A file at a time: photos are many times the size that the model takes.
         opened = (_open(image) if isinstance(image, Path) else image for image in images)
         return torch.stack([to_tensor(image, image_size, channels, name=self.path) for image in opened]), labels
@@ -282,6 +275,18 @@ def _read_captions(folder: Path, files: Sequence[Path], column: str) -> list[str
 def _one_line(caption) -> str:
     """A caption with single spaces in place of line breaks; empty if there is none."""
     return "" if caption is None else " ".join(str(caption).split())
+
+
+def _tell_left_out(folder: Path) -> None:
+    """Warn of pictures in a folder that are not read; any other source has none."""
+    others = sorted(f for f in folder.rglob("*") if f.suffix.lower() in OTHER_SUFFIXES) if folder.is_dir() else []
+    if others:
+        logger.warning(
+            "%s: %d pictures are left out that are no png, jpg or webp, such as %s; convert them",
+            folder,
+            len(others),
+            others[0].relative_to(folder),
+        )
 
 
 def _open(file: Path) -> Image.Image:

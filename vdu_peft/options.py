@@ -2,29 +2,23 @@
 
 import argparse
 import dataclasses
-import difflib
 import inspect
-import json
 import re
 import sys
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from vdu_peft.config import ConfigError, UnlearnConfig, VDUConfig
 from vdu_peft.data import ImageSource
 from vdu_peft.denoiser import best_device
 from vdu_peft.export import DTYPES, FORMATS
-from vdu_peft.first_line import first_line
+from vdu_peft.option_file import file_arguments
 from vdu_peft.precision import quick_precision
 from vdu_peft.version import __version__
 
 # The adapter's options, by the names that diffusers' LoRA scripts use.
 ADAPTER_OPTIONS = {"rank": "r", "lora_alpha": "lora_alpha", "prior_scale": "prior_scale", "init_scale": "init_scale"}
-# Options that are on unless switched off.
-_NEGATABLE = {"variational"} | {f.name for f in dataclasses.fields(UnlearnConfig) if f.type is bool}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -248,35 +242,11 @@ def _with_config_file(
     file = finder.parse_known_args(argv)[0].config
     if file is None:
         return parser.parse_args(argv)
-    try:
-        text = file.read_text()
-        # JSON is YAML for the most part; tabs are not.
-        options = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file}: not a readable YAML or JSON file ({first_line(error)})") from error
-    if not isinstance(options, dict):
-        raise ConfigError(f"{file}: expected option: value pairs")
     if not argv or argv[0] not in commands.choices:
         raise ConfigError(f"config: the command comes first, as in vdu-peft unlearn --config {file}")
-    known = [option.removeprefix("--") for option in commands.choices[argv[0]]._option_string_actions]
-    # Here: by the parser a misspelled name would be told without the file, and one that is false or null not at all.
-    for name in options:
-        if name not in known:
-            alike = difflib.get_close_matches(str(name), known, 1)
-            meant = f"; did you mean {alike[0]}?" if alike else ""
-            raise ConfigError(f"{file}: {argv[0]} has no option {name}{meant}")
-    given = []
-    for name, value in options.items():
-        if value is True:
-            given.append(f"--{name}")
-        elif value is False and name in _NEGATABLE:
-            given.append(f"--no-{name}")
-        elif isinstance(value, list) and len(value) != 1:
-            given += [f"--{name}", *map(str, value)] if value else []
-        elif value is not False and value is not None:
-            # In one: it may begin with a dash.
-            given.append(f"--{name}={value[0] if isinstance(value, list) else value}")
-    return parser.parse_args(argv[:1] + given + argv[1:])
+    options = commands.choices[argv[0]]._option_string_actions
+    known = [option[2:] for option in options if option.startswith("--")]
+    return parser.parse_args([argv[0], *file_arguments(file, argv[0], known), *argv[1:]])
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
