@@ -17,6 +17,7 @@ from benchmarks.experiment import EXPERIMENTS, RESULTS, ExperimentError, read_ex
 from benchmarks.experiment_tables import load_results, retrained_u_fids, section
 from benchmarks.results import provenance
 from benchmarks.robustness import NAME as ROBUSTNESS
+from benchmarks.step_cost import NAME as STEP_COST
 from benchmarks.text.attacks import NAME as ATTACKS
 from benchmarks.text.run import NAME as TEXT
 from benchmarks.text.tables import attack_section, text_section
@@ -70,6 +71,32 @@ def adapter_cost_section(record: dict) -> list[str]:
         f"({record['sampler']}, {record['sampling_seconds']:.1f} s).",
         "",
     ]
+
+
+def step_cost_section(records: list[dict]) -> list[str]:
+    """A step of ours beside one of full-parameter VDU: a row for each network of which both are there."""
+    networks: dict[str, dict[str, dict]] = {}
+    for record in records:
+        networks.setdefault(record["network"], {})[record["way"]] = record
+    lines = [
+        "## What a step costs",
+        "",
+        f"`python -m benchmarks.step_cost`: a step of ours, with its teacher, beside one of VDU on all parameters "
+        f"(isotropic prior) on as many images, ours half forget and half replay, VDU's all forget; float32, medians of "
+        f"{records[0]['steps'] - 1} steps, peaks of a process each; {provenance(records)}. The networks are trained "
+        "(the demo's) or random.",
+        "",
+        "| network | parameters | trained by ours | images | s, VDU | s, ours | ours over VDU | MiB, VDU | MiB, ours "
+        "| ours over VDU |",
+        "|---" * 10 + "|",
+    ]
+    for title, ways in sorted(networks.items(), key=lambda item: item[1]["ours"]["model_parameters"]):
+        ours, vdu = ways["ours"], ways["vdu"]
+        cells = [title, f"{ours['model_parameters']:,}", f"{ours['trained_parameters']:,}", str(ours["images"])]
+        for name, form in (("step_seconds", ".2f"), ("peak_memory_mib", ",.0f")):
+            cells += [f"{vdu[name]:{form}}", f"{ours[name]:{form}}", f"{ours[name] / vdu[name]:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
 
 
 def composition_section(records: list[dict]) -> list[str]:
@@ -238,6 +265,7 @@ def main(argv=None) -> int:
     if cost.is_file():
         lines += adapter_cost_section(json.loads(cost.read_text()))
     sections = {
+        STEP_COST: step_cost_section,
         COMPOSITION: composition_section,
         ROBUSTNESS: lambda records: robustness_section(records, args.output_dir),
         TIMESTEPS: timesteps_section,

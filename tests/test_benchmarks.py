@@ -20,6 +20,7 @@ from benchmarks import (
     digits,
     robustness,
     run,
+    step_cost,
     tables,
     timesteps,
 )
@@ -327,6 +328,21 @@ def test_what_an_adapter_costs_is_measured_and_shown(tmp_path):
     folders = [f"--results_dir={tmp_path}", f"--output_dir={tmp_path}", f"--experiments_dir={tmp_path / 'none'}"]
     assert tables.main(folders) == 0
     assert f"| adapter | {record['forward_seconds']['unmerged']:.3f} |" in (tmp_path / "README.md").read_text()
+
+
+def test_what_a_step_costs_is_measured_and_shown(tmp_path):
+    """Both ways' own trainers, in this process; the peak is the test run's."""
+    for way in step_cost.WAYS:
+        step_cost.measure("demo", way, 3, step_cost.result_file("demo", way, tmp_path), "commit")
+    records = {way: json.loads(step_cost.result_file("demo", way, tmp_path).read_text()) for way in step_cost.WAYS}
+    count = sum(p.numel() for p in base_denoiser().model.parameters())
+    assert records["vdu"]["trained_parameters"] == count == records["ours"]["model_parameters"]
+    assert records["ours"]["trained_parameters"] < count / 10
+    assert tables.main([f"--{name}_dir={tmp_path}" for name in ("results", "output", "experiments")]) == 0
+    ratio = records["ours"]["step_seconds"] / records["vdu"]["step_seconds"]
+    assert f"s | {ratio:.2f} |" in (tmp_path / "README.md").read_text().replace(
+        f"{records['ours']['step_seconds']:.2f}", "s"
+    )
 
 
 def test_digits_are_put_together_measured_and_shown(tmp_path, capsys):

@@ -347,10 +347,12 @@ def test_a_run_writes_a_result_that_tells_itself(dolls, tmp_path, monkeypatch, c
         "ours",
         "uce",
         "--dry_run",
+        f"--model_dir={tmp_path}",
     ]
     assert text_run.main(arguments) == 0
     assert capsys.readouterr().out.split() == ["uce-sword-0"]
-    assert text_run.main([*arguments[:-1], f"--model_dir={tmp_path / 'nowhere'}"]) == 2
+    assert text_run.main([*arguments, f"--model_dir={tmp_path / 'nowhere'}"]) == 2
+    assert "nowhere: no pipeline there" in capsys.readouterr().err
     with monkeypatch.context() as patch:
         patch.setitem(text_run.METHODS, "ours", (text_run.ours, {**options, "max_train_steps": 3}))
         capsys.readouterr()
@@ -359,6 +361,13 @@ def test_a_run_writes_a_result_that_tells_itself(dolls, tmp_path, monkeypatch, c
             f"{tmp_path / 'results' / 'dolls' / 'ours-sword-0.json'}: of another options than the benchmark; "
             "remove it to run anew\n"
         )
+    # Nor does another decoder's images stand beside it: of the pipeline all weights count.
+    decoder = tmp_path / "pipeline" / "vae" / "diffusion_pytorch_model.safetensors"
+    whole = decoder.read_bytes()
+    decoder.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert text_run.main(arguments) == 2
+    assert "of another base_model than" in capsys.readouterr().err
+    decoder.write_bytes(whole)
     check_attacks(tmp_path, monkeypatch, capsys)
 
 

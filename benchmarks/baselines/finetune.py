@@ -95,6 +95,7 @@ def finetune(
             status = "not finite"
             break
         optimizer.step()
+        optimizer.zero_grad()  # or they would lie beside the next ones
         steps = step + 1
         callback(steps)
     seconds = (time.process_time() - start) / max(steps, 1)

@@ -8,6 +8,7 @@ retained: more than our method may see.
 """
 
 import copy
+from collections.abc import Callable
 
 import torch
 
@@ -20,15 +21,15 @@ CHECKPOINTS, CHECKPOINT_STEPS, CHECKPOINT_LEARNING_RATE = 3, 50, 1e-4
 SMALLEST_STD = 1e-6
 
 
-def with_variance(task: Task, learning_rate: float, gamma: float, variance: list[torch.Tensor]) -> Outcome:
-    """σ*² of every weight given."""
+def objective_gradient(task: Task, gamma: float, variance: Gradients) -> Callable[[], Gradients]:
+    """What a step goes along; σ*² of every weight given, or one number for all of a parameter's."""
     mean = [p.detach().clone() for p in parameters(task)]
 
     def gradient() -> Gradients:
         ascent = gradients(-loss(task, draw(task.forget, task)), task)
         return weighted(ascent, [p.detach() for p in parameters(task)], mean, variance, gamma, task.forget.numel())
 
-    return finetune(task, learning_rate, gradient)
+    return gradient
 
 
 def weighted(
@@ -43,12 +44,16 @@ def weighted(
 
 def isotropic(task: Task, learning_rate: float, gamma: float, std: float) -> Outcome:
     """One σ* for every weight."""
-    return with_variance(task, learning_rate, gamma, [torch.full_like(p, std**2) for p in parameters(task)])
+    return finetune(task, learning_rate, objective_gradient(task, gamma, one_variance(task, std)))
+
+
+def one_variance(task: Task, std: float) -> list[torch.Tensor]:
+    return [torch.tensor(std**2)] * len(parameters(task))
 
 
 def checkpoints(task: Task, learning_rate: float, gamma: float) -> Outcome:
     """σ*_i from checkpoints."""
-    return with_variance(task, learning_rate, gamma, variance(checkpoint_weights(task)))
+    return finetune(task, learning_rate, objective_gradient(task, gamma, variance(checkpoint_weights(task))))
 
 
 def checkpoint_weights(task: Task) -> list[list[torch.Tensor]]:

@@ -13,15 +13,16 @@ from pathlib import Path
 import torch
 from accelerate.utils import set_seed
 
+from benchmarks.bases import BaseError
 from benchmarks.results import StaleResultError, check_current, write_result
 from benchmarks.run import code_version, environment
-from benchmarks.text.dolls import CONCEPTS, Dolls
+from benchmarks.text.dolls import CONCEPTS, Dolls, base_digest
 from benchmarks.text.run import (
     METHODS,
     NUM_FORGET,
     SAMPLE_STEPS,
     add_arguments,
-    ends_here,
+    list_missing,
     missing_results,
     result_file,
 )
@@ -71,6 +72,7 @@ def attack(concept: str, method: str, seed: int, results: Path, folder: Path, co
         "concept": concept,
         "method": method,
         "seed": seed,
+        "base_model": dolls.base_model,
         **spec_of(method),
         "sampler": f"DDIM, {SAMPLE_STEPS} steps, guidance {denoiser.guidance_scale}, seed {seed + 1}",
         "shown": {name: share_shown(drawn, target, dolls) for name, drawn in images.items()},
@@ -138,8 +140,8 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     try:
         missing = missing_results(args, attack_file, spec_of)
-        if (code := ends_here(args, missing)) is not None:
-            return code
+        if args.dry_run:
+            return list_missing(missing)
         for concept, method, seed in missing:
             if method == "base":
                 continue
@@ -148,8 +150,8 @@ def main(argv=None) -> int:
             if not (result.is_file() and model.is_dir()):
                 print(f"{model}: not there; python -m benchmarks.text.run leaves it beside its result", file=sys.stderr)
                 return 2
-            check_current(result, model_spec(method))
-    except StaleResultError as error:
+            check_current(result, model_spec(method) | {"base_model": base_digest(args.model_dir)})
+    except (BaseError, StaleResultError) as error:
         print(error, file=sys.stderr)
         return 2
     commit = code_version()

@@ -1,5 +1,6 @@
 """The dolls: data, base model, judge, and the concepts to forget."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.bases import BaseError
 from vdu_peft.judge import AttributeJudge
 from vdu_peft.pixels import to_tensor
 from vdu_peft.prompt_file import EvaluationPrompt, Target
@@ -79,6 +81,10 @@ class Dolls:
         denoiser.batch_size = 32
         return denoiser
 
+    @property
+    def base_model(self) -> str:
+        return base_digest(self.folder)
+
     def real_images(self, rows: Sequence[int]) -> torch.Tensor:
         """As the judge looks at them, (N, 3, H, W) in [-1, 1]."""
         return torch.stack([to_tensor(self.images[i], self.judge.image_size, 3) for i in rows])
@@ -92,3 +98,18 @@ class Dolls:
             rows += [these[i % len(these)] for i in range(num_target)]
         rows += [i for i in held_out if not forgotten.is_shown(self.attributes[i])][:num_others]
         return [EvaluationPrompt(self.captions[i], attributes=self.attributes[i]) for i in rows]
+
+
+def base_digest(folder: Path) -> str:
+    """Which weights the pipeline's in ``folder`` are, VAE and text encoder with them: the first digits of a SHA-256.
+
+    Raises:
+        BaseError: there are none.
+    """
+    files = sorted((folder / "pipeline").glob("*/*.safetensors"))
+    if not files:
+        raise BaseError(f"{folder}: no pipeline there; benchmarks/models/dolls/README.md tells how it is made")
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:8]

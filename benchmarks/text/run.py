@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
+from benchmarks.bases import BaseError
 from benchmarks.experiment import RESULTS
 from benchmarks.processes import in_processes
 from benchmarks.results import StaleResultError, check_current, kept_images, write_result
 from benchmarks.run import code_version, environment
-from benchmarks.text.dolls import CONCEPTS, FOLDER, Dolls, Forgotten
+from benchmarks.text.dolls import CONCEPTS, FOLDER, Dolls, Forgotten, base_digest
 from benchmarks.text.esd import esd
 from benchmarks.text.negative_mse import negative_mse
 from benchmarks.text.spm import spm
@@ -129,6 +129,7 @@ def run(concept: str, method: str, seed: int, results: Path, folder: Path, threa
         "concept": concept,
         "method": method,
         "seed": seed,
+        "base_model": dolls.base_model,
         **spec_of(method),
         "status": status,
         "cpu_seconds": cpu_seconds,
@@ -199,8 +200,7 @@ def images_of(denoiser: TextDenoiser, prompts, seed: int) -> torch.Tensor:
 
 def base_images(dolls: Dolls, concept: str, prompts, seed: int, results: Path) -> torch.Tensor:
     """The base model's images, drawn once for all methods; another model or other prompts have others."""
-    weights = (dolls.folder / "pipeline" / "unet" / SAFETENSORS_WEIGHTS_NAME).read_bytes()
-    key = hashlib.sha256(weights + repr([prompt.text for prompt in prompts]).encode()).hexdigest()[:8]
+    key = hashlib.sha256(repr((dolls.base_model, [prompt.text for prompt in prompts])).encode()).hexdigest()[:8]
     file = results / f"{NAME}-before-{concept}-{key}-{seed}.safetensors"
     return kept_images(file, lambda: images_of(dolls.denoiser([]), prompts, seed))
 
@@ -221,27 +221,23 @@ def missing_results(
     """(concept, method, seed) of what has no result ``file`` yet.
 
     Raises:
-        StaleResultError: one that is there was made with other options than its method's ``spec`` has now.
+        StaleResultError: one that is there was made of another base, or with other options than its method's ``spec``
+            has now.
     """
-    missing = []
+    missing, base = [], {"base_model": base_digest(args.model_dir)}
     for seed, concept, method in product(args.seeds, args.concepts, args.methods):
         result = file(concept, method, seed, args.results_dir)
         if result.is_file():
-            check_current(result, spec(method))
+            check_current(result, base | spec(method))
         else:
             missing.append((concept, method, seed))
     return missing
 
 
-def ends_here(args: argparse.Namespace, missing: list[tuple[str, str, int]]) -> int | None:
-    """The exit code of a dry run, which lists what is missing, or of a base model that is not there; else None."""
-    if args.dry_run:
-        print("\n".join(f"{method}-{concept}-{seed}" for concept, method, seed in missing))
-        return 0
-    if not (args.model_dir / "pipeline").is_dir():
-        print(f"{args.model_dir}: no pipeline there; train it first", file=sys.stderr)
-        return 2
-    return None
+def list_missing(missing: list[tuple[str, str, int]]) -> int:
+    """A dry run, which ends with exit code 0."""
+    print("\n".join(f"{method}-{concept}-{seed}" for concept, method, seed in missing))
+    return 0
 
 
 def main(argv=None) -> int:
@@ -251,11 +247,11 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     try:
         missing = missing_results(args, result_file, spec_of)
-    except StaleResultError as error:
+    except (BaseError, StaleResultError) as error:
         print(error, file=sys.stderr)
         return 2
-    if (code := ends_here(args, missing)) is not None:
-        return code
+    if args.dry_run:
+        return list_missing(missing)
     shared = (args.results_dir, args.model_dir, max(1, torch.get_num_threads() // args.jobs), code_version())
     in_processes(run, [(*item, *shared) for item in missing], args.jobs)
     return 0
