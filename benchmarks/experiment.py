@@ -146,7 +146,7 @@ def read_experiment(file: Path) -> Experiment:
             option that it has not, or two of one label.
     """
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ExperimentError(f"{file}: not a readable JSON file ({error})") from error
     optional = {"num_forget_images", "relearning"}

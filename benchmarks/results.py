@@ -21,7 +21,7 @@ def has_result(file: Path, base_model: str) -> bool:
     """
     if not file.is_file():
         return False
-    made_of = json.loads(file.read_text())["base_model"]
+    made_of = json.loads(file.read_text(encoding="utf-8"))["base_model"]
     if made_of != base_model:
         raise StaleResultError(f"{file}: of base model {made_of}, it is now {base_model}; remove it to run anew")
     return True
@@ -34,7 +34,7 @@ def changed(record: dict, spec: dict) -> list[str]:
 
 def check_current(file: Path, spec: dict) -> None:
     """Raises StaleResultError: the result in the file is not of this spec, which new ones must not stand beside."""
-    if names := changed(json.loads(file.read_text()), spec):
+    if names := changed(json.loads(file.read_text(encoding="utf-8")), spec):
         raise StaleResultError(f"{file}: of another {', '.join(names)} than the benchmark; remove it to run anew")
 
 

@@ -32,8 +32,9 @@ from benchmarks.relearning import relearn
 from benchmarks.results import StaleResultError, has_result, kept_images, write_result
 from benchmarks.task import Task
 from vdu_peft.demo import SAMPLE_STEPS, demo_samples, peak_memory_mib
-from vdu_peft.evaluation import evaluate, held_out_loss_gap, labelled_grids
+from vdu_peft.evaluation import evaluate, held_out_loss_gap
 from vdu_peft.metrics import pul, pul_interval
+from vdu_peft.pictures import labelled_grids
 
 
 def run(item: Run, results: Path, data_dir: Path, threads: int, commit: str) -> None:

@@ -277,7 +277,7 @@ def main(argv=None) -> int:
         records = [json.loads(file.read_text()) for file in sorted((args.results_dir / name).glob("*.json"))]
         if records:
             lines += write(records)
-    (args.output_dir / "README.md").write_text("\n".join(lines))
+    (args.output_dir / "README.md").write_text("\n".join(lines), encoding="utf-8")
     return 0
 
 

@@ -32,8 +32,8 @@ from vdu_peft.adapter import AdapterError, load_adapter
 from vdu_peft.config import ConfigError, VDUConfig
 from vdu_peft.contexts import adapter_scale
 from vdu_peft.denoiser import Denoiser, ModelError
-from vdu_peft.evaluation import image_grid
 from vdu_peft.hotswap import hotswap, prepare_hotswap
+from vdu_peft.pictures import image_grid
 from vdu_peft.text_denoiser import TextDenoiser, open_denoiser
 
 log = logging.getLogger(__name__)
@@ -45,8 +45,8 @@ class GenerateRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     n: int = Field(16, ge=1, le=64)
-    prompt: str | None = None
-    adapter: str | None = None
+    prompt: str | None = Field(None, max_length=2000)
+    adapter: str | None = Field(None, max_length=255)
     scale: float = Field(1.0, ge=0, le=2)
     seed: int = Field(0, ge=0, lt=2**32)
     num_inference_steps: int = Field(25, ge=1, le=250)

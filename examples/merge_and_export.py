@@ -43,8 +43,8 @@ def release(args: argparse.Namespace) -> tuple[Denoiser, Denoiser]:
     is_text = isinstance(base, TextDenoiser)
     if args.prompt is not None and not is_text:
         raise ValueError(f"prompt: {args.model} is not a text-to-image model; leave it out")
-    merge(args.model, args.adapter, args.output_dir / "pipeline", args.dtype)
-    export_lora(args.adapter, args.output_dir / "lora", "diffusers" if is_text else "peft")
+    merge(args.model, args.adapter, args.output_dir / "pipeline", args.dtype, overwrite=True)
+    export_lora(args.adapter, args.output_dir / "lora", "diffusers" if is_text else "peft", overwrite=True)
     merged = DiffusionPipeline.from_pretrained(args.output_dir / "pipeline")
     if is_text:
         base.pipeline.load_lora_weights(args.output_dir / "lora")

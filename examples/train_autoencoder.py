@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from vdu_peft.data import ImageDataset, ImageSource
-from vdu_peft.evaluation import labelled_grids
+from vdu_peft.pictures import labelled_grids
 from vdu_peft.processes import check_processes
 
 logger = logging.getLogger(__name__)

@@ -40,7 +40,7 @@ from tqdm.auto import tqdm
 
 from vdu_peft.data import ImageDataset, ImageSource
 from vdu_peft.denoiser import Denoiser, plain_attention_on_cpu
-from vdu_peft.evaluation import image_grid
+from vdu_peft.pictures import image_grid
 from vdu_peft.processes import check_processes
 
 logger = logging.getLogger(__name__)

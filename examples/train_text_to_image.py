@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from vdu_peft.data import ImageSource
-from vdu_peft.evaluation import image_grid
+from vdu_peft.pictures import image_grid
 from vdu_peft.processes import check_processes
 from vdu_peft.text_denoiser import TextDenoiser
 
@@ -248,7 +248,7 @@ def write_pipeline(pipeline: StableDiffusionPipeline, held_out: list[str], args:
         halves[name].half()
     type(pipeline)(**{**pipeline.components, **halves}, requires_safety_checker=False).save_pretrained(fresh)
     (fresh / "train_config.json").write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
-    (fresh / "held_out_captions.txt").write_text("\n".join(held_out) + "\n")
+    (fresh / "held_out_captions.txt").write_text("\n".join(held_out) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
 

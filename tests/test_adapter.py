@@ -20,6 +20,7 @@ from torch import nn
 
 from vdu_peft import adapter, contexts
 from vdu_peft.adapter import AdapterError
+from vdu_peft.atomic_folder import FolderError, atomic_folder
 from vdu_peft.config import ConfigError, VDUConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -254,19 +255,55 @@ def test_others_may_read_what_is_saved(tmp_path):
 def test_an_interrupted_save_leaves_the_earlier_one(tmp_path, existed, error):
     folder = tmp_path / "adapter"
     if existed:
-        with adapter.atomic_folder(folder) as fresh:
+        with atomic_folder(folder) as fresh:
             (fresh / "file").write_text("earlier")
-    with pytest.raises(error), adapter.atomic_folder(folder) as fresh:
+    with pytest.raises(error), atomic_folder(folder) as fresh:
         (fresh / "file").write_text("half")
         raise error
     assert contents(tmp_path) == ({"adapter/file": b"earlier"} if existed else {})
     assert [f.name for f in tmp_path.iterdir()] == (["adapter"] if existed else [])
 
 
+@pytest.mark.parametrize("back", [True, False])
+def test_a_folder_that_cannot_be_replaced_is_kept_or_told_of(tmp_path, monkeypatch, back):
+    """The rename of the fresh one fails, and then that of the earlier one back to its place."""
+    folder, rename, calls = tmp_path / "adapter", Path.rename, []
+    with atomic_folder(folder) as fresh:
+        (fresh / "file").write_text("earlier")
+
+    def failing(self, target):
+        calls.append(self)
+        if len(calls) == 2 or (len(calls) == 3 and not back):
+            raise OSError("the disk is gone")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(FolderError) as caught, atomic_folder(folder) as fresh:
+        (fresh / "file").write_text("new")
+    if back:
+        assert "what was there before is kept" in str(caught.value) and contents(tmp_path) == {
+            "adapter/file": b"earlier"
+        }
+        assert [f.name for f in tmp_path.iterdir()] == ["adapter"]
+    else:
+        (file,) = tmp_path.glob(".adapter-old-*/adapter/file")
+        assert f"what was there before is {file.parent}" in str(caught.value) and file.read_text() == "earlier"
+
+
+def test_a_folder_of_something_else_is_not_replaced_by_an_adapter(saved, tmp_path):
+    _, model = saved
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").write_text("a cat")
+    peft_model = adapter.attach(tiny(), VDUConfig(target_modules=["0"]))
+    with pytest.raises(FolderError, match="holds something else than an adapter"):
+        adapter.save_adapter(peft_model, tmp_path / "photos")
+    assert contents(tmp_path / "photos") == {"cat.png": b"a cat"}
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from vdu_peft.adapter import atomic_folder
+from vdu_peft.atomic_folder import atomic_folder
 with atomic_folder(Path(sys.argv[1])) as fresh:
     (fresh / "adapter_model.safetensors").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -285,7 +322,7 @@ def test_a_killed_save_leaves_the_earlier_one(saved):
 KILLED_BETWEEN = """
 import os, signal, sys
 from pathlib import Path
-from vdu_peft.adapter import atomic_folder
+from vdu_peft.atomic_folder import atomic_folder
 rename = Path.rename
 def killed(self, target):
     rename(self, target)
@@ -466,6 +503,37 @@ def test_targets_that_cannot_be_adapted(model, options, message):
         get_peft_model(model(), VDUConfig(**options))
 
 
+class Attentive(nn.Module):
+    """torch's own attention, which reads its layers' weights and does not call them."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.last = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.last(self.encoder(self.attention(x, x, x)[0]))
+
+
+@pytest.mark.parametrize("target", ["attention.out_proj", "encoder.linear1", "encoder.self_attn.out_proj"])
+def test_layers_that_are_passed_by_are_left_out_and_refused(target):
+    assert VDUConfig.for_model(Attentive()).target_modules == {"last"}
+    with pytest.raises(ConfigError, match=f"{target} is never called"):
+        adapter.attach(Attentive(), VDUConfig(target_modules=[target]))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_adapter_has_the_mode_of_its_base(saved, training):
+    """Else its dropout would drop in what a model draws."""
+    folder, _ = saved
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, "lora_dropout": 0.5}))
+    model = adapter.load_adapter(tiny().train(training), folder)
+    assert {module.training for module in model.modules()} == {training}
+    assert torch.equal(model(images()), model(images())) != training
+
+
 def test_a_rank_above_a_layer_s_inputs_is_refused_before_anything_is_learned():
     model = tiny()
     with pytest.raises(ConfigError, match="target_modules: rank 28 exceeds the 27 inputs"):
@@ -497,6 +565,11 @@ def test_an_adapter_of_stacked_ranks_is_loaded_and_described(tmp_path):
         ("init_scale", -1.0),
         ("lora_alpha", 0),
         ("use_dora", True),
+        ("alora_invocation_tokens", [1]),
+        ("modules_to_save", ["3"]),
+        ("bias", "lora_only"),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", False),
         ("lora_bias", True),
     ],
 )

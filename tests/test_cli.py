@@ -287,6 +287,9 @@ def test_options_from_a_file_and_the_command_line_wins(unlearn_command, tmp_path
     file.write_text("max_train_step: 10\n")  # not false: the parser would have told it, without the file
     assert main([*unlearn_command, "--overwrite", f"--config={file}"]) == 2
     assert "run.yaml: unlearn has no option max_train_step; did you mean" in capsys.readouterr().err
+    file.write_text("mixed_precision: no\n")  # which is false to YAML, and not fp16
+    assert main([*unlearn_command, "--overwrite", f"--config={file}"]) == 2
+    assert "run.yaml: mixed_precision takes a value; quote it" in capsys.readouterr().err
     assert main([f"--config={file}", *unlearn_command]) == 2
     assert "the command comes first, as in vdu-peft unlearn --config" in capsys.readouterr().err
     file.write_text("forget_label: []\ntarget_modules: [-a]\nforget_prompt: -a\n")

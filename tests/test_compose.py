@@ -8,7 +8,8 @@ from torch import nn
 from torch.distributions import MultivariateNormal
 
 from vdu_peft import adapter
-from vdu_peft.adapter import AdapterError, load_adapter, save_adapter, variational_layers
+from vdu_peft.adapter import load_adapter, save_adapter, variational_layers
+from vdu_peft.atomic_folder import FolderError
 from vdu_peft.card import model_card
 from vdu_peft.compose import Factors, compose, posterior_product
 from vdu_peft.config import ConfigError, VDUConfig
@@ -194,7 +195,7 @@ def test_grouped_convolutions_and_names_inside_others(tmp_path):
         save_adapter(model, tmp_path / str(seed))
     folders = [tmp_path / "0", tmp_path / "1"]
     for rank, expected in ((None, 8), (4, 4)):
-        discarded = compose(base(), folders, tmp_path / "both", rank=rank)
+        discarded = compose(base(), folders, tmp_path / "both", rank=rank, overwrite=True)
         model = base()
         load_adapter(model, tmp_path / "both")
         ((name, layer),) = variational_layers(model)
@@ -213,7 +214,7 @@ def test_a_failure_leaves_the_model_as_it_was(tmp_path):
     a, b = saved_adapter(tmp_path / "a", 1), saved_adapter(tmp_path / "b", 2)
     model = tiny_unet()
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(AdapterError, match="cannot be written"):
+    with pytest.raises(FolderError, match="cannot be written"):
         compose(model, [a, b], tmp_path / "file" / "ab")
     assert not list(variational_layers(model)) and all(p.requires_grad for p in model.parameters())
 
@@ -234,6 +235,10 @@ def test_what_has_no_product_is_refused(tmp_path):
         compose(tiny_unet(), [a, saved_adapter(tmp_path / "b", 2, prior_scale=0.2)], tmp_path / "out")
     with pytest.raises(ConfigError, match="is deterministic"):
         compose(tiny_unet(), [a, saved_adapter(tmp_path / "c", 2, variational=False)], tmp_path / "out")
-    with pytest.raises(AdapterError, match="out: would be replaced, and .*b is in it"):
+    with pytest.raises(FolderError, match="out: would be replaced, and .*b is in it"):
         compose(tiny_unet(), [a, saved_adapter(tmp_path / "out" / "b", 2)], tmp_path / "out")
+    with pytest.raises(FolderError, match="out: exists and is not empty"):
+        compose(tiny_unet(), [a, a], tmp_path / "out")
+    with pytest.raises(FolderError, match="out: holds something else than an adapter"):
+        compose(tiny_unet(), [a, a], tmp_path / "out", overwrite=True)
     assert [f.name for f in (tmp_path / "out").iterdir()] == ["b"]

@@ -22,6 +22,7 @@ from vdu_peft import VDUConfig
 from vdu_peft.adapter import attach
 from vdu_peft.demo import assets
 from vdu_peft.denoiser import Denoiser, ModelError, as_denoiser, plain_attention_on_cpu
+from vdu_peft.features import network_features
 
 
 def test_zero_terminal_snr_leaves_an_error_to_compare_with():
@@ -203,7 +204,7 @@ def test_sampling_keeps_no_graph(unet):
     assert all(p.requires_grad for p in unet.parameters())
     denoiser = Denoiser(unet, DDPMScheduler())
     images = denoiser.sample(2, seed=0, num_inference_steps=2)
-    assert not images.requires_grad and not denoiser.features(images, [10], seed=0).requires_grad
+    assert not images.requires_grad and not network_features(denoiser, images, [10], seed=0).requires_grad
 
 
 @pytest.mark.parametrize("num_images", [0, -1])

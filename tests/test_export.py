@@ -32,9 +32,11 @@ from torch import nn
 from benchmarks.memory import LiveBytes
 from vdu_peft import export
 from vdu_peft.adapter import AdapterError, attach, load_adapter, save_adapter, variational_layers
+from vdu_peft.atomic_folder import FolderError
 from vdu_peft.card import model_card
 from vdu_peft.config import ConfigError, VDUConfig
 from vdu_peft.export import _check_merged_values, export_lora, merge
+from vdu_peft.model_folder import stored_dtype
 from vdu_peft.text_denoiser import TextDenoiser
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -166,10 +168,13 @@ def test_exported_lora_is_plain(tmp_path):
         torch.testing.assert_close(model(*INPUT).sample, output(second), atol=1e-6, rtol=0)
     with pytest.raises(ConfigError, match="no adapter_config.json"):
         export_lora(tmp_path / "nowhere", tmp_path / "out")
-    with pytest.raises(AdapterError, match="would be replaced, and .* is in it"):
+    with pytest.raises(FolderError, match="would be replaced, and .* is in it"):
         export_lora(first, first.parent)
-    with pytest.raises(AdapterError, match="would be replaced, and .* is in it"):
+    with pytest.raises(FolderError, match="would be replaced, and .* is in it"):
         merge("owner/name", first, first)
+    with pytest.raises(FolderError, match="base: exists and is not empty"):
+        DDPMPipeline(tiny_unet(), DDPMScheduler()).save_pretrained(tmp_path / "base")
+        export_lora(first, tmp_path / "base")
     assert (first / "adapter_model.safetensors").is_file()
 
 
@@ -261,6 +266,51 @@ def test_a_kohya_file_says_what_it_is(text_pipeline, tmp_path):
     assert metadata["ss_network_module"] == "networks.lora"
     assert metadata["ss_network_dim"] == metadata["ss_network_alpha"] == "2"
     assert ranks and alphas == ranks and set(ranks.values()) == {2}
+
+
+@pytest.mark.parametrize("file_format", ["diffusers", "kohya"])
+def test_layers_of_several_ranks_are_loaded_at_their_strength(tmp_path, file_format):
+    """As of a composition of adapters on different layers; and the card says what loads the file."""
+    options = {"seed": 3, "num_inference_steps": 4, "class_labels": [0], "guidance_scale": 1}
+    denoiser = TextDenoiser(tiny_text_pipeline(tmp_path / "tokens"), ["a cat"])
+    untouched = (denoiser.sample(1, **options) + 1) / 2
+    ranks = {"rank_pattern": {"to_q": 2, "to_k": 1}, "alpha_pattern": {"to_q": 30, "to_v": 70}}
+    saved_adapter(tmp_path / "adapter", model=denoiser.model, r=3, lora_alpha=60, **ranks)
+    ours = (denoiser.sample(1, **options) + 1) / 2
+    assert (ours - untouched).abs().max() > 0.01
+    export_lora(tmp_path / "adapter", tmp_path / "lora", file_format)
+    pipeline = tiny_text_pipeline(tmp_path / "tokens")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipeline.load_lora_weights(tmp_path / "lora")
+    torch.testing.assert_close(draw(pipeline), ours, atol=1e-4, rtol=0)
+    front = yaml.safe_load((tmp_path / "lora" / "README.md").read_text().split("---")[1])
+    assert front["library_name"] == "diffusers" and "lora" in front["tags"]
+
+
+def test_a_merged_pipeline_keeps_each_part_s_dtype_and_no_path(tmp_path):
+    pipeline = tiny_text_pipeline(tmp_path / "tokens")
+    pipeline.unet.half()
+    pipeline.text_encoder.bfloat16()
+    pipeline.save_pretrained(tmp_path / "base")
+    base = TextDenoiser.from_pretrained(tmp_path / "base", ["a cat"])
+    saved_adapter(tmp_path / "adapter", model=base.model)
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert [stored_dtype(tmp_path / "merged" / part) for part in ("unet", "text_encoder", "vae")] == [
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+    ]
+    for part in ("text_encoder", "vae"):
+        before, after = (
+            {name: t for file in (folder / part).glob("*.safetensors") for name, t in load_file(file).items()}
+            for folder in (tmp_path / "base", tmp_path / "merged")
+        )
+        assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert not [file for file in (tmp_path / "merged").rglob("*.json") if str(tmp_path) in file.read_text()]
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "half", dtype="bfloat16")
+    parts = [stored_dtype(tmp_path / "half" / part) for part in ("unet", "text_encoder", "vae")]
+    assert parts == [torch.bfloat16] * 3
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")

@@ -22,8 +22,8 @@ from torch import nn
 
 from vdu_peft.adapter import AdapterError, load_adapter
 from vdu_peft.denoiser import Denoiser
-from vdu_peft.evaluation import image_grid
 from vdu_peft.export import export_lora
+from vdu_peft.pictures import image_grid
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import hotswap_server

@@ -6,6 +6,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import huggingface_hub
+import numpy as np
 import pytest
 from conftest import saved_adapter
 
@@ -29,6 +30,8 @@ class Hub(BaseHTTPRequestHandler):
         path = self.path.split("?")[0]
         if path == "/api/repos/create":
             name = json.loads(body)["name"]
+            asked = json.loads(body)  # older clients say private, later ones visibility
+            self.server.private.append(asked.get("private") or asked.get("visibility") == "private")
             self.server.repositories.append(name)
             self.answer({"url": f"{self.server.address}/ann/{name}", "name": f"ann/{name}"})
         elif path == "/api/validate-yaml":  # the card's front matter
@@ -60,7 +63,7 @@ class Hub(BaseHTTPRequestHandler):
 def hub(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.address = f"http://127.0.0.1:{server.server_port}"
-    server.repositories, server.files = [], {}
+    server.repositories, server.private, server.files = [], [], {}
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.address)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
@@ -76,6 +79,20 @@ def test_an_export_is_uploaded_whole(hub, tmp_path, capsys):
     assert hub.repositories == ["robes"]
     written = {f.name: f.read_bytes() for f in (tmp_path / "robes").iterdir()}
     assert hub.files == written and {"README.md", "adapter_model.safetensors"} < written.keys()
+    assert hub.private == [False]
+
+
+def test_of_a_run_the_adapter_alone_is_uploaded(hub, pipeline_folder, tmp_path):
+    """No checkpoint, and no picture of the forget images."""
+    np.savez(tmp_path / "bad.npz", images=np.random.default_rng(0).integers(0, 255, (8, 8, 8), np.uint8))
+    steps = ["--max_train_steps=20", "--learning_rate=3e-2", "--train_batch_size=4", "--checkpointing_steps=20"]
+    steps += ["--replay_size=8", "--replay_inference_steps=2", "--push_to_hub", "--hub_private_repo"]
+    out = tmp_path / "robes"
+    data = [f"--model={pipeline_folder}", f"--forget_data={tmp_path / 'bad.npz'}", f"--output_dir={out}"]
+    assert main(["unlearn", *data, *steps]) == 0
+    assert (out / "checkpoint.safetensors").is_file() and (out / "variations.png").is_file()
+    assert hub.files == {f.name: f.read_bytes() for f in (out / "adapter").iterdir()}
+    assert hub.repositories == ["robes"] and hub.private == [True]
 
 
 def test_who_is_not_logged_in_is_told_before_any_work(hub, tmp_path, monkeypatch, capsys):
@@ -85,7 +102,9 @@ def test_who_is_not_logged_in_is_told_before_any_work(hub, tmp_path, monkeypatch
     assert main([*export, "--push_to_hub"]) == 2
     assert "log in with `hf auth login`" in capsys.readouterr().err
     assert main([*export, "--hub_model_id=ann/robes"]) == 2
-    assert "nothing is uploaded without push_to_hub" in capsys.readouterr().err
+    assert "hub_model_id: nothing is uploaded without push_to_hub" in capsys.readouterr().err
+    assert main([*export, "--hub_private_repo"]) == 2
+    assert "hub_private_repo: nothing is uploaded" in capsys.readouterr().err
     assert not (tmp_path / "robes").exists() and not hub.repositories
 
 
@@ -94,5 +113,7 @@ def test_an_upload_that_is_refused_keeps_the_folder(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(Hub, "do_POST", lambda self: self.answer({"error": "quota"}, 403))
     adapter = saved_adapter(tmp_path / "adapter")
     with pytest.raises(HubError, match="adapter is written, try `hf upload ann/robes"):
-        push_to_hub(adapter, "ann/robes")
+        push_to_hub(adapter, "ann/robes", private=False)
+    with pytest.raises(HubError, match="hub_model_id: "):
+        check_hub("a/b/c")
     assert (adapter / "adapter_model.safetensors").is_file()

@@ -11,6 +11,7 @@ from vdu_peft import strength as strength_module
 from vdu_peft.adapter import attach
 from vdu_peft.config import VDUConfig
 from vdu_peft.denoiser import Denoiser, image_seeds
+from vdu_peft.features import network_features
 from vdu_peft.likeness import Likeness, forget_scorer, held_out_likeness
 from vdu_peft.likeness_evaluation import LikenessReport, evaluate_likeness
 from vdu_peft.replay import OwnAlike
@@ -111,7 +112,7 @@ def test_features_are_means_of_quarters_or_under_a_label_of_the_whole(num_classe
     images = torch.rand(3, 1, 8, 8) * 2 - 1
     maps = []
     hook = denoiser.model.mid_block.register_forward_hook(lambda _, __, out: maps.append(out))
-    features = denoiser.features(images, [100, 500], seed=0, class_label=num_classes and 1)
+    features = network_features(denoiser, images, [100, 500], seed=0, class_label=num_classes and 1)
     hook.remove()
     expected = []
     for out in maps:  # (3, 16, 4, 4)

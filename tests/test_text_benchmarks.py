@@ -31,7 +31,8 @@ from vdu_peft.denoiser import ModelError
 from vdu_peft.judge import AttributeJudge
 from vdu_peft.metrics import frechet_distance
 from vdu_peft.prompt_file import Target
-from vdu_peft.text_denoiser import TextDenoiser, anchor_prompts
+from vdu_peft.prompts import anchor_prompts
+from vdu_peft.text_denoiser import TextDenoiser
 
 SWORD = Forgotten((Target("weapon", ("sword",)),), (", a sword",))
 

@@ -31,7 +31,8 @@ from vdu_peft.export import merge
 from vdu_peft.hotswap import hotswap, prepare_hotswap
 from vdu_peft.model_folder import PIPELINES
 from vdu_peft.precision import check_precision
-from vdu_peft.text_denoiser import TextDenoiser, neutral_prompts, open_denoiser, read_prompts
+from vdu_peft.prompts import neutral_prompts, read_prompts
+from vdu_peft.text_denoiser import TextDenoiser, open_denoiser
 
 FAMILIES = [
     ("sd", "epsilon"),

@@ -1,7 +1,5 @@
 """The adapter as a whole: attach it to a model, sum over its layers, switch its noise, save and load it."""
 
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,13 +7,14 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from vdu_peft.atomic_folder import FolderError, atomic_folder
 from vdu_peft.card import model_card
-from vdu_peft.config import ConfigError, VDUConfig
+from vdu_peft.config import ConfigError, VDUConfig, layers_passed_by
 from vdu_peft.layer import VariationalLayer
 
 
@@ -31,14 +30,17 @@ def attach(model: nn.Module, config: VDUConfig, adapter_name: str = "default") -
             name is part of a module's, or the model has an adapter already.
     """
     _check_bare(model, adapter_name)
-    with _undone_on_error(model):
+    passed_by, training = layers_passed_by(model), model.training
+    with undone_on_error(model):
         try:
             peft_model = get_peft_model(model, config, adapter_name=adapter_name)
-            for _, layer in variational_layers(model, adapter_name):
+            for name, layer in variational_layers(model, adapter_name):
                 layer.check_rank(adapter_name)
+                if name in passed_by:
+                    raise ValueError(f"{name} is never called, torch's attention reads its weights; leave it out")
         except ValueError as error:
             raise ConfigError(f"target_modules: {error}") from error
-    return peft_model
+    return _in_mode(peft_model, training)
 
 
 def refuse_adapted(model: nn.Module) -> None:
@@ -51,6 +53,18 @@ def refuse_adapted(model: nn.Module) -> None:
         raise ConfigError(
             "the model carries an adapter already; merge or unload it first, or load one more onto its PeftModel"
         )
+
+
+def _in_mode(peft_model: PeftModel, training: bool) -> PeftModel:
+    """The adapter in its base's mode: PEFT makes it to be trained, and its dropout would drop in what is drawn."""
+    peft_model.training = peft_model.base_model.training = training
+    for module in peft_model.modules():
+        if isinstance(module, LoraLayer):
+            module.training = training
+            for name, part in module.named_children():
+                if name != "base_layer":
+                    part.train(training)
+    return peft_model
 
 
 def _check_bare(model: nn.Module, adapter_name: str) -> None:
@@ -74,8 +88,8 @@ def detach(model: nn.Module) -> None:
 
 
 @contextmanager
-def _undone_on_error(model: nn.Module) -> Iterator[None]:
-    """A refused adapter must not change the caller's model."""
+def undone_on_error(model: nn.Module) -> Iterator[None]:
+    """A refused adapter, or a run that ends with an error, must not change the caller's model."""
     make_trainable_as_before = trainable_state(model)
     try:
         yield
@@ -124,9 +138,11 @@ def save_adapter(peft_model: PeftModel, folder: str | Path, card: str | None = N
     one that is killed between the two, beside its place, where :func:`load_adapter` tells of it.
 
     Raises:
-        AdapterError: the folder cannot be written, as on a full disk; an earlier adapter there is kept. Or the model
-            was prepared for hot-swapping, which pads the factors and drops the deviations.
+        FolderError: the folder cannot be written, as on a full disk, and an earlier adapter there is kept; or it holds
+            something else than an adapter.
+        AdapterError: the model was prepared for hot-swapping, which pads the factors and drops the deviations.
     """
+    check_replaceable(folder)
     scalings = (s for module in peft_model.modules() if isinstance(module, LoraLayer) for s in module.scaling.values())
     if any(isinstance(scaling, torch.Tensor) for scaling in scalings):
         raise AdapterError(f"{folder}: the model is prepared for hot-swapping; save it before prepare_hotswap")
@@ -137,58 +153,18 @@ def save_adapter(peft_model: PeftModel, folder: str | Path, card: str | None = N
     with atomic_folder(Path(folder)) as fresh:
         peft_model.save_pretrained(fresh)
         # PEFT's own card is a form to fill in.
-        (fresh / "README.md").write_text(card or model_card("adapter", "not named", {}))
+        (fresh / "README.md").write_text(card or model_card("adapter", "not named", {}), encoding="utf-8")
 
 
-def check_inputs_stay(folder: str | Path, inputs: Iterable[str | Path]) -> None:
-    """Before ``folder`` is replaced: what is read must not lie in it.
-
-    Raises:
-        AdapterError: one of the inputs would be deleted.
-    """
-    for read in inputs:
-        if Path(read).exists() and Path(read).resolve().is_relative_to(Path(folder).resolve()):
-            raise AdapterError(f"{folder}: would be replaced, and {read} is in it; choose another output_dir")
-
-
-@contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A fresh folder beside ``folder`` that takes its place when the block ends without an error.
+def check_replaceable(folder: str | Path) -> None:
+    """Before a run: whether :func:`save_adapter` may put an adapter in this folder's place.
 
     Raises:
-        AdapterError: it cannot be written; what was there before is kept.
+        FolderError: it holds something else, which would be deleted.
     """
-    try:
-        with _atomic_folder(folder) as fresh:
-            yield fresh
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(f"{folder}: cannot be written ({error}); what was there before is kept") from error
-
-
-@contextmanager
-def _atomic_folder(folder: Path) -> Iterator[Path]:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    fresh.chmod(0o755)
-    try:
-        yield fresh
-        for file in fresh.rglob("*.safetensors"):
-            file.chmod(0o644)  # safetensors' own is the writer's alone, and the folder is to be released
-        if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-            folder.rename(old / folder.name)
-            try:
-                fresh.rename(folder)
-            except BaseException:  # an interrupt, too
-                (old / folder.name).rename(folder)
-                raise
-            finally:
-                shutil.rmtree(old)
-        else:
-            fresh.rename(folder)
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
+    folder = Path(folder)
+    if folder.exists() and not (folder / CONFIG_NAME).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FolderError(f"{folder}: holds something else than an adapter, and would be replaced; choose another")
 
 
 def load_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "default") -> PeftModel:
@@ -200,9 +176,10 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "defa
     """
     config = VDUConfig.from_pretrained(folder)
     tensors = read_adapter_weights(folder)
+    training = model.training
     if not isinstance(model, PeftModel):
         _check_bare(model, adapter_name)
-        with _undone_on_error(model):
+        with undone_on_error(model):
             try:
                 peft_model = get_peft_model(model, config, adapter_name=adapter_name)
             except ValueError as error:
@@ -227,7 +204,7 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "defa
                 raise AdapterError(f"{folder}: {other}: {error}") from error
             raise
     set_peft_model_state_dict(peft_model, tensors, adapter_name=adapter_name)
-    return peft_model
+    return _in_mode(peft_model, training)
 
 
 def _take_off(peft_model: PeftModel, adapter_name: str) -> None:

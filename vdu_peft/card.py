@@ -59,5 +59,7 @@ def model_card(kind: str, base_model: str, facts: Mapping[str, object]) -> str:
 def card_facts(folder: str | Path) -> dict[str, str]:
     """The facts on the card of an adapter in ``folder``, without its base model; none where there is no card."""
     card = Path(folder) / "README.md"
-    rows = re.findall(r"^\| (.+?) \| (.+) \|$", card.read_text(), re.MULTILINE) if card.is_file() else []
+    rows = (
+        re.findall(r"^\| (.+?) \| (.+) \|$", card.read_text(encoding="utf-8"), re.MULTILINE) if card.is_file() else []
+    )
     return {name: value for name, value in rows if name != "base model"}

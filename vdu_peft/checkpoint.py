@@ -25,6 +25,7 @@ def run_options(
     forget: torch.Tensor,
     forget_labels: torch.Tensor | None,
     replay: torch.Tensor | None,
+    replay_labels: torch.Tensor | None,
     prompts: Sequence[str] | None,
     guidance_scale: float,
     shares: dict[str, float],
@@ -34,19 +35,20 @@ def run_options(
     """What must be the same for a resumed run to give the same result.
 
     Args:
-        replay: the caller's own, if any.
+        replay, replay_labels: the caller's own, if any.
         shares: what else a batch is drawn by, by name, that is no option: checkpoints of other ones are not resumed.
         base: the frozen weights, of which a part is told apart: of billions all would take minutes.
     """
-    names = ("r", "lora_alpha", "lora_dropout", "prior_scale", "init_scale", "variational")
+    names = ("r", "lora_alpha", "lora_dropout", "prior_scale", "init_scale", "variational", "use_rslora")
     return {
         **{name: value for name, value in asdict(config).items() if name not in _RESUMABLE},
-        **{name: getattr(adapter, name) for name in names},
+        **{name: getattr(adapter, name) for name in (*names, "alpha_pattern", "rank_pattern")},
         "prompts": prompts,
         "guidance_scale": guidance_scale,
         "forget_images": _digest(forget),
         "forget_labels": None if forget_labels is None else _digest(forget_labels),
         "replay_images": None if replay is None else _digest(replay),
+        "replay_labels": None if replay_labels is None else _digest(replay_labels),
         **shares,
         "num_processes": num_processes,
         "base_model": _digest(

@@ -10,6 +10,7 @@ from accelerate import PartialState
 from datasets.exceptions import DatasetsError
 
 from vdu_peft.adapter import AdapterError, describe, load_adapter
+from vdu_peft.atomic_folder import FolderError, check_output
 from vdu_peft.cli_draw import run_evaluate, run_sample
 from vdu_peft.cli_unlearn import run_demo_command, run_unlearn
 from vdu_peft.compose import compose
@@ -22,13 +23,14 @@ from vdu_peft.judge import JudgeError
 from vdu_peft.options import parse
 from vdu_peft.pixels import DataError
 from vdu_peft.prompt_file import PromptFileError
-from vdu_peft.text_denoiser import open_denoiser
+from vdu_peft.text_denoiser import open_network
 from vdu_peft.trainer import UnlearnError
 
 BAD_INPUT = (
     AdapterError,
     ConfigError,
     DataError,
+    FolderError,
     HubError,
     JudgeError,
     ModelError,
@@ -68,8 +70,9 @@ def _hub_repository(args: argparse.Namespace) -> str | None:
     """Where to upload to, checked before any work; None for nowhere."""
     if getattr(args, "push_to_hub", False):
         return check_hub(args.hub_model_id or args.output_dir.resolve().name)
-    if getattr(args, "hub_model_id", None) is not None:
-        raise ConfigError("hub_model_id: nothing is uploaded without push_to_hub")
+    for name in ("hub_model_id", "hub_private_repo"):
+        if getattr(args, name, None):
+            raise ConfigError(f"{name}: nothing is uploaded without push_to_hub")
     return None
 
 
@@ -77,12 +80,13 @@ def _publish(args: argparse.Namespace, repository: str) -> None:
     # Of a run the adapter, without its checkpoints.
     folder = args.output_dir / "adapter" if args.command == "unlearn" else args.output_dir
     if PartialState().is_main_process:
-        print(f"uploaded to {push_to_hub(folder, repository)}")
+        print(f"uploaded to {push_to_hub(folder, repository, args.hub_private_repo)}")
 
 
 def _compose(args: argparse.Namespace) -> int:
-    denoiser = open_denoiser(args.model)
-    discarded = compose(denoiser.model, args.adapter, args.output_dir, args.rank, denoiser.name)
+    check_output(args.output_dir, [args.model, *args.adapter], args.overwrite)
+    network, name = open_network(args.model)
+    discarded = compose(network, args.adapter, args.output_dir, args.rank, name, args.overwrite)
     worst = max(discarded, key=discarded.get)
     print(
         f"wrote {args.output_dir}; energy of the delta that the rank discards: at most {discarded[worst]:.2%} ({worst})"
@@ -91,22 +95,22 @@ def _compose(args: argparse.Namespace) -> int:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    merge(args.model, args.adapter, args.output_dir, args.dtype, args.onnx)
+    merge(args.model, args.adapter, args.output_dir, args.dtype, args.onnx, args.overwrite)
     print(f"wrote {args.output_dir}: load it with diffusers.DiffusionPipeline.from_pretrained")
     return 0
 
 
 def _export(args: argparse.Namespace) -> int:
-    export_lora(args.adapter, args.output_dir, args.format)
+    export_lora(args.adapter, args.output_dir, args.format, args.overwrite)
     how = "peft.PeftModel.from_pretrained" if args.format == "peft" else "a pipeline's load_lora_weights"
     print(f"wrote {args.output_dir}: load it with {how}")
     return 0
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    denoiser = open_denoiser(args.model)
-    model_parameters = sum(p.numel() for p in denoiser.model.parameters())
-    peft_model = load_adapter(denoiser.model, args.adapter)
+    network, _ = open_network(args.model)
+    model_parameters = sum(p.numel() for p in network.parameters())
+    peft_model = load_adapter(network, args.adapter)
     config = peft_model.peft_config["default"]
     rows = describe(peft_model)
     shown = {k: getattr(config, k) for k in ("r", "lora_alpha", "prior_scale", "init_scale", "variational")}

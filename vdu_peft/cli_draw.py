@@ -12,15 +12,16 @@ from vdu_peft.config import ConfigError
 from vdu_peft.contexts import adapter_scale
 from vdu_peft.data import ImageSource
 from vdu_peft.denoiser import Denoiser, best_device
-from vdu_peft.evaluation import check_evaluation, evaluate, held_out_loss_gap, labelled_grids
+from vdu_peft.evaluation import check_evaluation, evaluate, held_out_loss_gap
 from vdu_peft.export import DTYPES
 from vdu_peft.families import FAMILIES
 from vdu_peft.judge import AttributeJudge, PretrainedJudge, open_judge
 from vdu_peft.likeness_evaluation import evaluate_likeness
 from vdu_peft.options import forget_source
+from vdu_peft.pictures import labelled_grids
 from vdu_peft.prompt_file import Target, check_sizes, read_prompt_file, seeded
 from vdu_peft.text_denoiser import TextDenoiser, open_denoiser, pipeline_kind
-from vdu_peft.text_evaluation import MIN_FID_IMAGES, draw_and_look, evaluate_prompts, shown_places
+from vdu_peft.text_evaluation import MIN_FID_IMAGES, asks, draw_and_look, evaluate_prompts, shown_places
 from vdu_peft.text_judges import Judges, load_clip
 
 logger = logging.getLogger(__name__)
@@ -156,7 +157,13 @@ def _evaluate_class(args: argparse.Namespace) -> int:
             judge.num_features,
             count,
         )
-    probe = slice(None, None, -(-len(reference) // JUDGE_PROBE))
+    if denoiser.num_classes and not 0 <= labels.min() <= labels.max() < denoiser.num_classes:
+        raise ConfigError(
+            f"label_column: {labels.min()} to {labels.max()}, but {args.model} knows the classes 0 to "
+            f"{denoiser.num_classes - 1}; the reference, the judge and the model must mean the same by a number"
+        )
+    # At random: in order, a file sorted by class or in turn would show it few of them.
+    probe = torch.randperm(len(reference), generator=torch.Generator().manual_seed(args.seed))[:JUDGE_PROBE]
     accuracy = (judge.judge(reference[probe])[1] == labels[probe]).double().mean().item()
     if accuracy < 0.5:
         logger.warning(
@@ -214,6 +221,12 @@ def _evaluate_prompts(args: argparse.Namespace) -> int:
         if len(images) < MIN_FID_IMAGES:
             raise ConfigError(f"reference: {len(images)} images are too few for a distance; give {MIN_FID_IMAGES}")
         reference, _ = judge.judge(images)
+        asked = asks(prompts, target)
+        for kind, count in (("target", int(asked.sum())), ("other", int((~asked).sum()))):
+            if 0 < count < MIN_FID_IMAGES:
+                logger.warning(
+                    "reference: of %d %s prompts no distance to it is told; give %d", count, kind, MIN_FID_IMAGES
+                )
     clip = load_clip(args.clip_model) if args.clip_model is not None else None
     judges = Judges(judge, clip, _nude_detector() if args.nudenet else None)
     denoiser.model = load_adapter(denoiser.to_best_device().model, args.adapter).get_base_model()

@@ -15,10 +15,12 @@ from vdu_peft.classes import run_classes
 from vdu_peft.config import ConfigError, UnlearnConfig, VDUConfig
 from vdu_peft.demo import peak_memory_mib, run_demo
 from vdu_peft.denoiser import Denoiser, best_device
-from vdu_peft.evaluation import check_evaluation, labelled_grids, loss_plot
+from vdu_peft.evaluation import check_evaluation, loss_plot
 from vdu_peft.options import ADAPTER_OPTIONS, forget_source
+from vdu_peft.pictures import labelled_grids
 from vdu_peft.precision import check_precision
-from vdu_peft.text_denoiser import TextDenoiser, anchor_prompts, neutral_prompts, open_denoiser, read_prompts
+from vdu_peft.prompts import anchor_prompts, neutral_prompts, read_prompts
+from vdu_peft.text_denoiser import TextDenoiser, open_denoiser
 from vdu_peft.trainer import check_run, unlearn
 
 
@@ -140,7 +142,7 @@ def run_demo_command(args: argparse.Namespace) -> int:
     )
     code = _outcome(result, args.output_dir)
     print("\n".join(report.lines()))
-    written = json.loads((args.output_dir / "report.json").read_text())
+    written = json.loads((args.output_dir / "report.json").read_text(encoding="utf-8"))
     print(
         f"{written['total_seconds']:.0f} s ({written['unlearning_seconds']:.0f} s unlearning), "
         f"peak memory {peak_memory_mib():.0f} MiB; look at {args.output_dir / 'grid.png'}"

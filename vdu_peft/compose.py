@@ -15,7 +15,7 @@ from torch import nn
 
 from vdu_peft.adapter import (
     attach,
-    check_inputs_stay,
+    check_replaceable,
     detach,
     load_adapter,
     refuse_adapted,
@@ -23,6 +23,7 @@ from vdu_peft.adapter import (
     trainable_state,
     variational_layers,
 )
+from vdu_peft.atomic_folder import check_output
 from vdu_peft.card import card_facts, model_card
 from vdu_peft.config import ConfigError, VDUConfig, exactly
 
@@ -109,6 +110,7 @@ def compose(
     output_dir: str | Path,
     rank: int | None = None,
     base_model: str = "not named",
+    overwrite: bool = False,
 ) -> dict[str, float]:
     """Write one adapter that stands for several saved ones of the same base model.
 
@@ -118,20 +120,23 @@ def compose(
         output_dir: the new adapter's folder.
         base_model: its name on the new adapter's card.
         rank: of the new adapter; the sum of theirs when None, which discards nothing.
+        overwrite: replace an adapter that is in ``output_dir``.
 
     Returns:
         for every layer the share of the mean delta's energy that the cut to ``rank`` discards.
 
     Raises:
         ConfigError: fewer than two adapters, a deterministic one, priors that differ, or a model with an adapter.
-        AdapterError: an adapter that does not fit the model, or lies in ``output_dir``.
+        AdapterError: an adapter that does not fit the model.
+        FolderError: one lies in ``output_dir``, or this is not empty.
     """
     if len(folders) < 2:
         raise ConfigError("compose needs at least two adapters")
     if rank is not None and rank < 1:
         raise ConfigError(f"rank must be at least 1, not {rank}")
     refuse_adapted(model)
-    check_inputs_stay(output_dir, folders)
+    check_output(output_dir, folders, overwrite)
+    check_replaceable(output_dir)
     configs = [VDUConfig.from_pretrained(folder) for folder in folders]
     for folder, config in zip(folders, configs, strict=True):
         if not config.variational:

@@ -20,15 +20,18 @@ ATTENTION_PROJECTIONS = ["to_k", "to_out.0", "to_q", "to_v"]
 # Of joint attention over text and image (Stable Diffusion 3, Flux), the text's.
 JOINT_PROJECTIONS = ["add_k_proj", "add_q_proj", "add_v_proj", "to_add_out"]
 
-# LoRA features that put something else where the posterior sits.
+# LoRA features that put something else where the posterior sits, or train what the teacher, which is the same module
+# with its adapter off, would then have, too. So do PEFT's variants, by whatever name.
 _INCOMPATIBLE = (
     "fan_in_fan_out",
-    "use_dora",
     "use_bdlora",
     "use_qalora",
     "lora_bias",
     "target_parameters",
     "trainable_token_indices",
+    "modules_to_save",
+    "layer_replication",
+    *(option.name for option in dataclasses.fields(LoraConfig) if option.metadata.get("is_lora_variant")),
 )
 
 
@@ -76,6 +79,15 @@ class VDUConfig(LoraConfig):
         for name in _INCOMPATIBLE:
             if getattr(self, name, None):
                 raise ConfigError(f"{name} cannot be combined with a variational adapter")
+        if self.bias != "none":
+            raise ConfigError(
+                f"bias must be none, not {self.bias!r}: with the adapter off the model is the pre-trained one"
+            )
+        if self.init_lora_weights not in (True, "gaussian"):
+            raise ConfigError(
+                f"init_lora_weights must be True or gaussian, not {self.init_lora_weights!r}: the adapter starts at "
+                "the pre-trained model, which stays as it is"
+            )
         # In this order: the first class that a target is an instance of counts.
         self._register_custom_module(
             {nn.Linear: VariationalLinear, nn.Conv2d: VariationalConv2d, nn.Module: refuse_layer}
@@ -90,7 +102,8 @@ class VDUConfig(LoraConfig):
         """
         if options.get("target_modules") is None:
             rank = options.get("r", cls.r)
-            names = [name for name, module in model.named_modules() if _adaptable(module, rank)]
+            passed_by = layers_passed_by(model)
+            names = [n for n, module in model.named_modules() if _adaptable(module, rank) and n not in passed_by]
             attention = any("transformer_blocks" in name for name in names)
             joint = JOINT_PROJECTIONS if any(name.endswith(".add_k_proj") for name in names) else []
             options["target_modules"] = [*ATTENTION_PROJECTIONS, *joint] if attention else exactly(names, model)
@@ -116,7 +129,7 @@ class VDUConfig(LoraConfig):
             mend = f"a killed save left it as {aside[0]}; move it back" if aside else "give a saved adapter's folder"
             raise ConfigError(f"{folder}: no {CONFIG_NAME} there; {mend}")
         try:
-            stored = json.loads(file.read_text())
+            stored = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:  # not JSON, or not even text
             raise ConfigError(f"{file}: not valid JSON ({error})") from error
         if not isinstance(stored, dict) or "prior_scale" not in stored:
@@ -136,6 +149,18 @@ def _adaptable(module: nn.Module, rank: int) -> bool:
         fan_in = module.weight[0].numel() * module.groups  # lora_A is not grouped
         return rank // module.groups <= fan_in
     return isinstance(module, nn.Linear) and rank <= module.in_features
+
+
+def layers_passed_by(model: nn.Module) -> set[str]:
+    """Names of layers that torch's attention modules never call, or not without gradients: they read the weights."""
+    parts = {nn.MultiheadAttention: ("out_proj",), nn.TransformerEncoderLayer: ("linear1", "linear2")}
+    return {
+        f"{name}.{part}" if name else part
+        for name, module in model.named_modules()
+        for kind, of_kind in parts.items()
+        if isinstance(module, kind)
+        for part in of_kind
+    }
 
 
 def exactly(names: list[str], model: nn.Module) -> list[str] | str:

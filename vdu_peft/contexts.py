@@ -29,6 +29,19 @@ def posterior_noise(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def dropping(model: nn.Module) -> Iterator[None]:
+    """Inside, the adapters' dropout is on, whatever the model's mode: for training, in which the base has none."""
+    dropouts = [module.lora_dropout for module in model.modules() if isinstance(module, LoraLayer)]
+    for dropout in dropouts:
+        dropout.train()
+    try:
+        yield
+    finally:
+        for dropout in dropouts:
+            dropout.eval()
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside, dropout and the like are off in all modules; outside, where they were on: to draw what it draws."""
     training = [module for module in model.modules() if module.training]

@@ -120,7 +120,7 @@ def peak_memory_mib() -> float:
     """Peak resident memory of this process so far."""
     status = Path("/proc/self/status")
     if status.is_file():  # on Linux, where getrusage's peak is inherited from the parent process
-        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        fields = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines())
         return int(fields["VmHWM"].split()[0]) / 2**10
     if sys.platform == "win32":
         import psutil  # which accelerate brings along

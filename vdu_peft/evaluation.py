@@ -1,4 +1,4 @@
-"""Samples → judge → figures → Report, and the pictures a person would rather look at."""
+"""Samples → judge → figures → Report, and their plots."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from vdu_peft.config import ConfigError
 from vdu_peft.denoiser import Denoiser
@@ -25,10 +25,10 @@ from vdu_peft.metrics import (
     pul_interval,
     retained_distance,
 )
-from vdu_peft.pixels import to_pixels
+from vdu_peft.pictures import labelled_grids
 from vdu_peft.version import __version__
 
-LOSS_IMAGES, LOSS_TIMESTEPS = 100, 5
+LOSS_IMAGES, LOSS_TIMESTEPS = 50, 5
 # Steps over which the loss plot averages: single batches differ more than a term moves in many steps.
 SMOOTHED = 20
 # Of samples, for a Fréchet distance on the 64 features of a judge.
@@ -144,13 +144,16 @@ def write_report(folder: Path, record: dict, grid: Image.Image) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     grid.save(folder / "grid.png")
     versions = {"vdu_peft": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
-    record = {**{name: _finite(value) for name, value in record.items()}, "versions": versions}
-    (folder / "report.json").write_text(json.dumps(record, indent=2, default=str, allow_nan=False) + "\n")
+    record = {**_finite(record), "versions": versions}
+    text = json.dumps(record, indent=2, default=str, allow_nan=False)
+    (folder / "report.json").write_text(text + "\n", encoding="utf-8")
 
 
 def _finite(value):
     if isinstance(value, (list, tuple)):
         return [_finite(v) for v in value]
+    if isinstance(value, dict):
+        return {name: _finite(v) for name, v in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -210,50 +213,15 @@ def held_out_loss_gap(
 ) -> float:
     """:func:`~vdu_peft.metrics.loss_gap` of a model on held-out images (N, C, H, W) in [-1, 1].
 
-    At LOSS_TIMESTEPS evenly spaced timesteps, on at most LOSS_IMAGES images that are spread over the set; the same
-    noise for the same seed, so that two models' gaps differ by the models alone.
+    At LOSS_TIMESTEPS evenly spaced timesteps, on at most LOSS_IMAGES images of the class and as many of the others,
+    spread over the set; the same noise for the same seed, so that two models' gaps differ by the models alone.
     """
-    stride = -(-len(images) // LOSS_IMAGES)
-    images, labels = denoiser.encode(images[::stride]), labels[::stride]
+    kinds = [kind.nonzero().flatten() for kind in (labels == forget_class, labels != forget_class)]
+    rows = torch.cat([kind[:: max(1, -(-len(kind) // LOSS_IMAGES))] for kind in kinds])
+    images, labels = denoiser.encode(images[rows]), labels[rows]
     timesteps = [int((i + 0.5) / LOSS_TIMESTEPS * denoiser.num_train_timesteps) for i in range(LOSS_TIMESTEPS)]
     losses = image_losses(denoiser, images, timesteps, seed, labels if denoiser.num_classes else None).mean(1)
     return loss_gap(losses, labels, forget_class)
-
-
-def image_grid(images: torch.Tensor, columns: int = 10, scale: int = 1) -> Image.Image:
-    """Images (N, C, H, W) in [-1, 1] side by side, each pixel ``scale`` pixels wide."""
-    array = to_pixels(images).movedim(1, -1).numpy()
-    count, height, width, channels = array.shape
-    rows = -(-count // columns)
-    canvas = np.full((rows * columns, height, width, channels), 255, dtype=np.uint8)
-    canvas[:count] = array
-    canvas = canvas.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
-    canvas = canvas.reshape(rows * height, columns * width, channels)
-    image = Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas)
-    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-
-
-def labelled_grids(panels: dict[str, torch.Tensor], columns: int = 10, numbered: bool = False) -> Image.Image:
-    """One grid per panel, side by side under its title, small images at double size.
-
-    Args:
-        panels: images (N, C, H, W) of one size by title.
-        numbered: before every row stands the number of its first image, from 1.
-    """
-    size = next(iter(panels.values())).shape[-2]
-    scale = 2 if size <= 64 else 1
-    grids = {title: image_grid(images, columns, scale).convert("RGB") for title, images in panels.items()}
-    margin, header, side = 12, 24, 28 if numbered else 0
-    height = max(grid.height for grid in grids.values()) + header
-    sheet = Image.new("RGB", (sum(grid.width + margin for grid in grids.values()) - margin + side, height), "white")
-    draw, left = ImageDraw.Draw(sheet), side
-    for row in range((height - header) // (size * scale) if numbered else 0):
-        draw.text((2, header + row * size * scale), str(row * columns + 1), fill="black", font_size=14)
-    for title, grid in grids.items():
-        draw.text((left + 2, 5), title, fill="black", font_size=14)
-        sheet.paste(grid, (left, header))
-        left += grid.width + margin
-    return sheet
 
 
 def histogram_plot(report: Report, file: Path) -> None:

@@ -1,7 +1,7 @@
 """Merge the posterior mean into the base, or strip an adapter to it, for use without this package."""
 
 import hashlib
-import shutil
+import json
 from pathlib import Path
 
 import torch
@@ -13,14 +13,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from safetensors.torch import save_file
 from torch import nn
 
-from vdu_peft.adapter import (
-    AdapterError,
-    atomic_folder,
-    check_inputs_stay,
-    load_adapter,
-    read_adapter_weights,
-    variational_layers,
-)
+from vdu_peft.adapter import AdapterError, load_adapter, read_adapter_weights, variational_layers
+from vdu_peft.atomic_folder import atomic_folder, check_output
 from vdu_peft.card import card_facts, model_card
 from vdu_peft.config import ConfigError, VDUConfig
 from vdu_peft.denoiser import Denoiser
@@ -38,7 +32,12 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def merge(
-    model: str | Path, adapter: str | Path, output_dir: str | Path, dtype: str | None = None, onnx: bool = False
+    model: str | Path,
+    adapter: str | Path,
+    output_dir: str | Path,
+    dtype: str | None = None,
+    onnx: bool = False,
+    overwrite: bool = False,
 ) -> Denoiser:
     """Write ``output_dir``, a complete diffusers pipeline with the adapter's posterior mean merged in.
 
@@ -47,19 +46,20 @@ def merge(
     to release; it is still no secure erasure.
 
     Args:
-        dtype: ``float32``, ``float16`` or ``bfloat16`` of the written weights; the base's own when None.
+        dtype: ``float32``, ``float16`` or ``bfloat16`` of all written weights; the base's own of each part when None.
         onnx: write ``unet/model.onnx``, too, of a ``UNet2DModel``.
+        overwrite: replace an ``output_dir`` that is not empty, with all that it holds.
 
     Returns:
         the merged denoiser as it was read back, in that dtype.
 
     Raises:
-        ModelError, ConfigError, AdapterError: a part is missing, does not fit or lies in ``output_dir``, before
-            anything is written.
-        AdapterError: a merged weight is not finite in that dtype, or what was written does not read back as it should;
-            ``output_dir`` is then left as it was.
+        ModelError, ConfigError, AdapterError, FolderError: a part is missing, does not fit or lies in ``output_dir``,
+            or this is not empty; before anything is written.
+        AdapterError, FolderError: a merged weight is not finite in that dtype, or what was written does not read back
+            as it should; ``output_dir`` is then left as it was.
     """
-    check_inputs_stay(output_dir, [model, adapter])
+    check_output(output_dir, [model, adapter], overwrite)
     denoiser = open_denoiser(model, whole=True)
     if onnx:
         check_onnx(denoiser)
@@ -67,11 +67,16 @@ def merge(
     peft_model = load_adapter(denoiser.model, adapter)
     _check_merged_values(peft_model, kept, adapter)
     denoiser.model = nn.Module.to(peft_model.merge_and_unload(), kept)  # diffusers' own warns of nothing
+    if dtype and isinstance(denoiser, TextDenoiser):
+        for part in denoiser.pipeline.components.values():
+            if isinstance(part, nn.Module):
+                nn.Module.to(part, kept)
     with atomic_folder(Path(output_dir)) as fresh:
         denoiser.save_pretrained(fresh)
+        _forget_paths(fresh)
         facts = {"adapter": Path(adapter).resolve().name, "weights": str(kept).removeprefix("torch.")}
         facts |= card_facts(adapter)  # what was forgotten, and how it went
-        (fresh / "README.md").write_text(model_card("merged", denoiser.name, facts))
+        (fresh / "README.md").write_text(model_card("merged", denoiser.name, facts), encoding="utf-8")
         written = {name: _digest(tensor) for name, tensor in denoiser.model.state_dict().items()}
         kind, component = type(denoiser.model), denoiser.component
         del denoiser.model  # a model that just fits into memory does not fit twice
@@ -89,6 +94,14 @@ def merge(
     return denoiser
 
 
+def _forget_paths(folder: Path) -> None:
+    """Take out of the configs from where the base was loaded, which names the machine and its user."""
+    for file in folder.rglob("*.json"):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(config, dict) and config.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 def _check_merged_values(peft_model: PeftModel, dtype: torch.dtype, adapter: str | Path) -> None:
     """What PEFT's ``safe_merge`` looks for, in the dtype that is written, by one layer at a time and naming it."""
     largest = torch.finfo(dtype).max
@@ -102,7 +115,9 @@ def _digest(tensor: torch.Tensor) -> bytes:
     return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()).digest()
 
 
-def export_lora(adapter: str | Path, output_dir: str | Path, file_format: str = "peft") -> None:
+def export_lora(
+    adapter: str | Path, output_dir: str | Path, file_format: str = "peft", overwrite: bool = False
+) -> None:
     """Write the posterior mean alone as a plain LoRA, and read it back by the stock library to compare.
 
     Args:
@@ -110,15 +125,17 @@ def export_lora(adapter: str | Path, output_dir: str | Path, file_format: str = 
             a warning about our options, but its hot-swapping refuses the deviations. ``diffusers``, a file for
             ``load_lora_weights``, of text-to-image models; ``kohya``, one for ComfyUI and WebUI, of Stable Diffusion
             1, 2 and XL (ComfyUI reads the diffusers file of the later ones).
+        overwrite: replace an ``output_dir`` that is not empty, with all that it holds.
 
     Raises:
-        ConfigError, AdapterError: the adapter is missing, unreadable, in ``output_dir``, or of a model that no
-            pipeline loads LoRA files for; before anything is written.
-        AdapterError: what was written does not read back as it should; ``output_dir`` is then left as it was.
+        ConfigError, AdapterError, FolderError: the adapter is missing, unreadable, in ``output_dir``, or of a model
+            that no pipeline loads LoRA files for, or ``output_dir`` is not empty; before anything is written.
+        AdapterError, FolderError: what was written does not read back as it should; ``output_dir`` is then left as it
+            was.
     """
     if file_format not in FORMATS:
         raise ConfigError(f"format must be one of {', '.join(FORMATS)}, not {file_format!r}")
-    check_inputs_stay(output_dir, [adapter])
+    check_output(output_dir, [adapter], overwrite)
     config = VDUConfig.from_pretrained(adapter)
     tensors = {name: t for name, t in read_adapter_weights(adapter).items() if "lora_log_std" not in name}
     base_class = (config.auto_mapping or {}).get("base_model_class")
@@ -147,7 +164,7 @@ def export_lora(adapter: str | Path, output_dir: str | Path, file_format: str = 
             if file_format == "kohya":
                 tensors = convert_state_dict_to_kohya(tensors)
                 tensors = {name: t.float().contiguous() for name, t in tensors.items()}
-                dim = str(config.r)
+                dim = str(max(len(t) for name, t in tensors.items() if name.endswith("lora_down.weight")))
                 metadata |= {"ss_network_module": "networks.lora", "ss_network_dim": dim, "ss_network_alpha": dim}
             save_file(tensors, fresh / LORA_WEIGHT_NAME_SAFE, metadata=metadata)
             read = loader.lora_state_dict(str(fresh), weight_name=LORA_WEIGHT_NAME_SAFE, use_safetensors=True)
@@ -157,15 +174,26 @@ def export_lora(adapter: str | Path, output_dir: str | Path, file_format: str = 
         # kohya's names are its own: there the values alone are compared.
         if sorted(map(_digest, read.values())) != sorted(map(_digest, tensors.values())):
             raise AdapterError(f"{output_dir}: does not read back as it was written")
-        if (Path(adapter) / "README.md").is_file():
-            shutil.copy(Path(adapter) / "README.md", fresh)
+        if (card := Path(adapter) / "README.md").is_file():
+            text = card.read_text(encoding="utf-8")
+            if file_format != "peft":  # what loads it
+                text = text.replace("library_name: peft", "library_name: diffusers", 1)
+            (fresh / "README.md").write_text(text, encoding="utf-8")
 
 
 def _unscaled(tensors: dict[str, torch.Tensor], config: VDUConfig, component: str) -> dict[str, torch.Tensor]:
-    """diffusers' names, with s = alpha / r inside ``lora_B``: without an alpha every loader takes it to be r."""
-    result = {}
+    """diffusers' names, with s = alpha / r inside ``lora_B``: without an alpha every loader takes it to be r.
+
+    All of one rank, with zeros: by their patterns of names loaders take that of one layer for another's.
+    """
+    rank, result = max(len(tensor) for name, tensor in tensors.items() if ".lora_A." in name), {}
     for name, tensor in tensors.items():
         name = name.removeprefix("base_model.model.")
-        layer = name.rsplit(".lora_", 1)[0]
-        result[f"{component}.{name}"] = tensor * config.layer_scaling(layer) if ".lora_B." in name else tensor
+        missing = [0, 0] * (tensor.ndim - 2)
+        if ".lora_B." in name:
+            tensor = tensor * config.layer_scaling(name.rsplit(".lora_", 1)[0])
+            missing += [0, rank - tensor.shape[1]]
+        else:
+            missing += [0, 0, 0, rank - len(tensor)]
+        result[f"{component}.{name}"] = nn.functional.pad(tensor, missing)
     return result

@@ -4,9 +4,9 @@ from vdu_peft.config import UnlearnConfig
 
 # Steps over which the noisy per-batch terms are averaged before anything is decided from them.
 WINDOW = 20
-# The forget target holds when bounded plasticity is below this: with the hinge the average image is within 5 % of c,
-# with the reciprocal, which hardly pushes any more, at 2.6 where c is 3.
-TARGET_TOLERANCE = 0.05
+# The forget target holds when bounded plasticity is below this share of what it begins at, 1 - 1/c: where c is 3, with
+# the hinge the average image is within 5 % of it, with the reciprocal, which hardly pushes any more, at 2.6.
+TARGET_TOLERANCE = 0.075
 # Below this multiple of the first step's forget ratio nothing was learned. The first step's, not 1: the fresh
 # posterior's noise alone raises the forget loss by several per cent.
 NOTHING_LEARNED = 1.05
@@ -30,7 +30,7 @@ def target_holds(history: list[dict[str, float]], config: UnlearnConfig) -> bool
         config.early_stopping
         and bounded
         and len(history) >= WINDOW
-        and recent(history, "plasticity") < TARGET_TOLERANCE
+        and recent(history, "plasticity") < TARGET_TOLERANCE * (1 - 1 / config.forget_target)
     )
 
 

@@ -1,6 +1,7 @@
 """Small classifiers that judge generated images: what they show, and features for FID."""
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -158,6 +159,10 @@ def open_judge(name_or_path: str, device: torch.device) -> Judge | PretrainedJud
     return PretrainedJudge.from_pretrained(name_or_path).to(device)
 
 
+# At a time: the first layer makes 32 numbers of each, in all 64 MiB.
+JUDGED_PIXELS = 2**19
+
+
 class AttributeJudge(nn.Module):
     """Four convolutions and a head for every attribute, for RGB images of one size in [-1, 1].
 
@@ -195,9 +200,10 @@ class AttributeJudge(nn.Module):
         return {name: head(features) for name, head in zip(self.attributes, self.heads, strict=True)}
 
     @torch.no_grad()
-    def judge(self, images: torch.Tensor, batch_size: int = 500) -> tuple[torch.Tensor, dict[str, list[str]]]:
+    def judge(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, list[str]]]:
         """(features (N, 64), the value of every attribute, N each) of images (N, 3, H, W) in [-1, 1]."""
-        features = torch.cat([self.features(batch) for batch in images.split(batch_size)])
+        at_a_time = max(1, JUDGED_PIXELS // math.prod(self.image_size))
+        features = torch.cat([self.features(batch) for batch in images.split(at_a_time)])
         found = {}
         for (name, values), head in zip(self.attributes.items(), self.heads, strict=True):
             found[name] = [values[i] for i in head(features).argmax(1)]

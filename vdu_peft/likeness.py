@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from vdu_peft.denoiser import Denoiser
+from vdu_peft.features import network_features
 
 # Where the mid block tells kinds of images apart: with less noise it sees real against generated instead.
 FEATURE_TIMESTEPS = (100, 300, 500)  # of 1000
@@ -24,9 +25,9 @@ Scorer = Callable[[torch.Tensor], torch.Tensor]
 def likeness_features(
     denoiser: Denoiser, images: torch.Tensor, seed: int, class_label: int | None = None
 ) -> torch.Tensor:
-    """(N, F) of encoded images (N, C, H, W), see :meth:`Denoiser.features`."""
+    """(N, F) of encoded images (N, C, H, W), :func:`~vdu_peft.features.network_features`."""
     timesteps = [t * denoiser.num_train_timesteps // 1000 for t in FEATURE_TIMESTEPS]
-    return denoiser.features(images, timesteps, seed=seed, class_label=class_label)
+    return network_features(denoiser, images, timesteps, seed=seed, class_label=class_label)
 
 
 def forget_scorer(forget: torch.Tensor, samples: torch.Tensor) -> Scorer:

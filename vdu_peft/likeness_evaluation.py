@@ -9,9 +9,10 @@ import torch
 from vdu_peft.config import ConfigError
 from vdu_peft.contexts import adapter_scale
 from vdu_peft.denoiser import Denoiser
-from vdu_peft.evaluation import labelled_grids, write_report
+from vdu_peft.evaluation import write_report
 from vdu_peft.likeness import held_out_likeness, likeness_features
 from vdu_peft.metrics import pul, pul_interval
+from vdu_peft.pictures import labelled_grids
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,6 @@ import diffusers
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, DiffusionPipeline, PNDMPipeline, SchedulerMixin
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
 from vdu_peft.first_line import first_line
@@ -50,7 +49,7 @@ def _parts(folder: Path) -> tuple[Path, Path | None]:
     if not (unet_folder / "config.json").is_file():
         raise ModelError(f"{folder}: no config.json; expected a diffusers pipeline or UNet2DModel folder")
     try:
-        kind = json.loads((unet_folder / "config.json").read_text()).get("_class_name")
+        kind = json.loads((unet_folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
     except json.JSONDecodeError as error:
         raise ModelError(f"{unet_folder / 'config.json'}: not valid JSON ({error})") from error
     if kind != "UNet2DModel":
@@ -93,12 +92,13 @@ def stored_sampler(scheduler_folder: Path | None) -> tuple[type[DiffusionPipelin
     return kind and scheduler and (kind, scheduler.from_config(config))
 
 
-def stored_dtype(unet_folder: Path) -> torch.dtype:
+def stored_dtype(folder: Path) -> torch.dtype:
     """What the weights are on disk, before they were loaded as something else."""
     # A folder may hold variants beside what is loaded, as ``diffusion_pytorch_model.fp16.safetensors``.
-    files = sorted(unet_folder.glob("*.safetensors"), key=lambda f: (f.name != SAFETENSORS_WEIGHTS_NAME, f.name))
+    files = sorted(folder.glob("*.safetensors"), key=lambda file: (file.name.count("."), file.name))
     with safe_open(files[0], framework="pt") as stored:
-        return stored.get_tensor(next(iter(stored.keys()))).dtype
+        dtypes = (stored.get_tensor(name).dtype for name in stored.keys())  # noqa: SIM118
+        return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)  # some number places
 
 
 def from_hub(repo_id: str) -> tuple[Path, Path | None]:

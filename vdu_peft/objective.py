@@ -28,7 +28,8 @@ def reciprocal(loss: torch.Tensor, base_loss: torch.Tensor, forget_target: float
     At c it ends as the hinge does, and before it pushes with a force of (ℓ_θ* / ℓ_θ)²: nine times less at 3 times the
     original loss than at its start. So it stops where stability resists, beside what is like the forgotten, and goes
     on where nothing does: a model that never saw a class has 2.5 times the loss on one unlike all others, 1.4 times
-    on one that is easily confused (``benchmarks.timesteps``), and no one c fits both. A scalar in [0, 1).
+    on one that is easily confused (``benchmarks.timesteps``), and no one c fits both. A scalar from 0, below 1 while
+    the loss is no lower than the original.
     """
     return (base_loss / loss - 1 / forget_target).clamp_min(0).mean()
 

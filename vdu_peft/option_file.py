@@ -11,18 +11,20 @@ from vdu_peft.config import ConfigError
 from vdu_peft.first_line import first_line
 
 
-def file_arguments(file: Path, command: str, known: Collection[str]) -> list[str]:
+def file_arguments(file: Path, command: str, known: Collection[str], flags: Collection[str]) -> list[str]:
     """The file's options as arguments.
 
     Args:
         command: whose options they are.
         known: the names of all that it has, those that switch one off (``no-...``) among them.
+        flags: of those, which take no value.
 
     Raises:
-        ConfigError: the file cannot be read, is no mapping, or names an option that the command has not.
+        ConfigError: the file cannot be read, is no mapping, names an option that the command has not, or says yes or no
+            where it takes a value.
     """
     try:
-        text = file.read_text()
+        text = file.read_text(encoding="utf-8-sig")
         # JSON is YAML for the most part; tabs are not.
         options = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -35,6 +37,10 @@ def file_arguments(file: Path, command: str, known: Collection[str]) -> list[str
             alike = difflib.get_close_matches(str(name), known, 1)
             meant = f"; did you mean {alike[0]}?" if alike else ""
             raise ConfigError(f"{file}: {command} has no option {name}{meant}")
+        if isinstance(options[name], bool) and name not in flags:
+            raise ConfigError(
+                f"{file}: {name} takes a value; quote it if it is a word that YAML takes for {options[name]}"
+            )
     given = []
     for name, value in options.items():
         if value is True:

@@ -245,8 +245,9 @@ def _with_config_file(
     if not argv or argv[0] not in commands.choices:
         raise ConfigError(f"config: the command comes first, as in vdu-peft unlearn --config {file}")
     options = commands.choices[argv[0]]._option_string_actions
-    known = [option[2:] for option in options if option.startswith("--")]
-    return parser.parse_args([argv[0], *file_arguments(file, argv[0], known), *argv[1:]])
+    known = {option[2:]: action for option, action in options.items() if option.startswith("--")}
+    flags = [name for name, action in known.items() if action.nargs == 0]
+    return parser.parse_args([argv[0], *file_arguments(file, argv[0], known, flags), *argv[1:]])
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -341,6 +342,7 @@ def _output_arguments(parser: argparse.ArgumentParser) -> None:
 def _hub_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--push_to_hub", action="store_true", help="upload the result to the Hugging Face hub")
     parser.add_argument("--hub_model_id", help="repository to upload to; output_dir's name when left out")
+    parser.add_argument("--hub_private_repo", action="store_true", help="if it is not there yet, make it a private one")
 
 
 def _explained(config: type) -> dict[str, str]:

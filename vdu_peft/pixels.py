@@ -1,10 +1,13 @@
 """Pixels: images as files and arrays hold them ↔ tensors in [-1, 1], as models take and give them."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+
+logger = logging.getLogger(__name__)
 
 
 class DataError(ValueError):
@@ -75,6 +78,8 @@ def check_images(images: torch.Tensor, image_size: tuple[int, int], channels: in
         raise DataError(f"{name}: holds NaN or infinite values")
     if images.abs().max() > 1.0 + 1e-4:
         raise DataError(f"{name}: float images must lie in [-1, 1], found up to {images.abs().max():.3g}")
+    if images.min() >= 0:
+        logger.warning("%s: nothing in them is darker than middle grey; images in [0, 1] go as 2 * images - 1", name)
     return images
 
 

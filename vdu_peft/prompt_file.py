@@ -69,7 +69,9 @@ def read_prompt_file(file: str | Path, judge: AttributeJudge | None, target: Tar
     """
     try:
         with Path(file).open(encoding="utf-8-sig", newline="") as stream:
-            rows = list(csv.DictReader(stream))
+            reader = csv.DictReader(stream, skipinitialspace=True)
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+            rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise PromptFileError(f"{file}: not a readable CSV file ({error})") from error
     if not rows or "prompt" not in rows[0]:

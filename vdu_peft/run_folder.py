@@ -62,6 +62,6 @@ def save_run(
         if strength is not None:
             facts["strength"] = strength
         save_adapter(peft_model, output_dir / "adapter", model_card("adapter", base_name, facts))
-        (output_dir / "history.json").write_text(json.dumps(history) + "\n")
+        (output_dir / "history.json").write_text(json.dumps(history) + "\n", encoding="utf-8")
     accelerator.wait_for_everyone()
     return f"the adapter of the last good step is in {output_dir / 'adapter'}"

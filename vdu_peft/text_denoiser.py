@@ -5,14 +5,14 @@ redirecting it to an anchor and retaining the rest is the very code that class-c
 """
 
 import math
-import re
 from collections.abc import Sequence
 from contextlib import contextmanager
-from importlib import resources
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
 from torch import nn
 
 from vdu_peft.denoiser import Denoiser, ModelError
@@ -20,62 +20,6 @@ from vdu_peft.families import FAMILIES
 from vdu_peft.first_line import first_line
 from vdu_peft.model_folder import PIPELINES, stored_dtype
 from vdu_peft.schedule import NoiseSchedule
-
-
-def neutral_prompts() -> list[str]:
-    """Prompts of everyday things, which replay draws where the user names none."""
-    return read_prompts(Path(str(resources.files("vdu_peft") / "assets" / "retain_prompts.txt")))
-
-
-def read_prompts(file: str | Path) -> list[str]:
-    """One prompt a line; blank lines and repetitions are dropped.
-
-    Raises:
-        ModelError: the file is missing, not text, a table, or holds no prompt.
-    """
-    if Path(file).suffix.lower() == ".csv":
-        raise ModelError(f"{file}: a table; write the prompts alone, one a line, in a .txt file")
-    try:
-        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"{file}: not a readable text file of prompts, one a line ({error})") from error
-    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    if not prompts:
-        raise ModelError(f"{file}: holds no prompt; write one a line")
-    return prompts
-
-
-def anchor_prompts(prompts: Sequence[str], concepts: Sequence[str], anchors: Sequence[str] = ()) -> list[str]:
-    """Each prompt with other words in place of the concepts', which are looked for one after the other.
-
-    Whole words only: "sword" is not in "two swords".
-
-    Args:
-        anchors: words for each concept, or one for all; none leaves the concepts' words out.
-
-    Raises:
-        ModelError: a prompt that holds no concept, a concept of no words, or neither one anchor nor one for each.
-    """
-    if not all(concept.strip() for concept in concepts):
-        raise ModelError("forget_concept: must be words of the captions, not an empty text")
-    if len(anchors) not in (0, 1, len(concepts)):
-        raise ModelError(f"anchor_concept: {len(anchors)} for {len(concepts)} of forget_concept; give one, or one each")
-    instead = list(anchors or [""])
-    if len(instead) == 1:
-        instead *= len(concepts)
-    results = []
-    for prompt in prompts:
-        result = prompt
-        # Through marks: an anchor may hold the words of a concept that is yet to come.
-        for i, concept in enumerate(concepts):
-            start, end = (r"\b" if re.match(r"\w", letter) else "" for letter in (concept[0], concept[-1]))
-            result = re.sub(f"{start}{re.escape(concept)}{end}", f"\0{i}\0", result)
-        for i, anchor in enumerate(instead):
-            result = result.replace(f"\0{i}\0", anchor)
-        if result == prompt:
-            raise ModelError(f"forget_concept: none of it is in the caption {prompt!r}; take that image out")
-        results.append(" ".join(result.split()))
-    return results
 
 
 class TextDenoiser(Denoiser):
@@ -148,7 +92,8 @@ class TextDenoiser(Denoiser):
 
         Args:
             resolution: height and width of the images; the model's own when None.
-            whole: with its safety checker, which judges samples, has no part in what is learned and takes a gigabyte.
+            whole: to be written again: with its safety checker, which judges samples, has no part in what is learned
+                and takes a gigabyte; and all but the network in the dtype it is kept in.
 
         Raises:
             ModelError: nothing there, no safetensors weights, or a family that is not supported.
@@ -157,11 +102,16 @@ class TextDenoiser(Denoiser):
             folder = Path(name_or_path)
             if not folder.is_dir():
                 folder = _download(str(name_or_path))
-            kind = DiffusionPipeline.load_config(str(folder)).get("_class_name")
+            kind = pipeline_kind(folder)
             checker = {"safety_checker": None, "requires_safety_checker": False}
+            dtypes = torch_dtype
+            if whole and kind in FAMILIES:
+                parts = {file.parent for file in folder.glob("*/*.safetensors")}
+                dtypes = {part.name: stored_dtype(part) for part in parts}
+                dtypes |= {FAMILIES[kind].component: torch_dtype, "default": torch_dtype}
             pipeline = DiffusionPipeline.from_pretrained(
                 str(folder),
-                torch_dtype=torch_dtype,
+                torch_dtype=dtypes,
                 use_safetensors=True,
                 variant=_variant(folder),
                 **(checker if kind == "StableDiffusionPipeline" and not whole else {}),
@@ -239,14 +189,13 @@ class TextDenoiser(Denoiser):
             nn.Module.to(vae, home, stored)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the complete pipeline, all in the network's dtype, as safetensors.
+        """Write the complete pipeline, each part in its own dtype, as safetensors.
 
         Raises:
             ModelError: the network carries an adapter.
         """
         self._refuse_adapted()
         self.pipeline.register_modules(**{self.component: self.model})
-        self.pipeline.to(dtype=self.dtype)
         self.pipeline.save_pretrained(folder, safe_serialization=True)
 
 
@@ -276,9 +225,10 @@ def pipeline_kind(name_or_path: str | Path) -> str | None:
     None for no pipeline: a bare UNet folder, or a name whose trouble the denoiser tells better.
     """
     try:
-        return DiffusionPipeline.load_config(str(name_or_path)).get("_class_name")
+        kind = DiffusionPipeline.load_config(str(name_or_path)).get("_class_name")
     except (OSError, ValueError):
         return None
+    return kind[-1] if isinstance(kind, list) else kind  # of custom code: its file, and its class
 
 
 def open_denoiser(
@@ -314,3 +264,31 @@ def open_denoiser(
         if value is not None:
             raise ModelError(f"{name}: {name_or_path} is not a text-to-image model; leave it out")
     return denoiser
+
+
+def open_network(name_or_path: str | Path) -> tuple[nn.Module, str]:
+    """(the network that is adapted, the model's name), without the rest of its pipeline and in the dtype it is kept in:
+    of a large model a small part of the memory that :func:`open_denoiser` takes.
+
+    Raises:
+        ModelError: as :func:`open_denoiser`.
+    """
+    kind = pipeline_kind(name_or_path)
+    if kind not in FAMILIES:
+        denoiser = open_denoiser(name_or_path)
+        return denoiser.model, denoiser.name
+    component, local = FAMILIES[kind].component, Path(name_or_path).is_dir()
+    try:
+        patterns = ["*.json", f"{component}/*.safetensors"]
+        folder = Path(name_or_path) if local else Path(snapshot_download(str(name_or_path), allow_patterns=patterns))
+        class_name = DiffusionPipeline.load_config(str(folder))[component][-1]
+        network = getattr(diffusers, class_name).from_pretrained(
+            str(folder / component),
+            torch_dtype=stored_dtype(folder / component),
+            use_safetensors=True,
+            variant=_variant(folder),
+        )
+    except (OSError, ValueError, RuntimeError, AttributeError, LookupError) as error:
+        message = f"{name_or_path}: cannot be loaded as a text-to-image pipeline ({first_line(error)})"
+        raise ModelError(message) from error
+    return network.eval(), folder.resolve().name if local else str(name_or_path)

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from vdu_peft.evaluation import labelled_grids, write_report
+from vdu_peft.evaluation import write_report
 from vdu_peft.metrics import frechet_distance, kernel_distance
+from vdu_peft.pictures import labelled_grids
 from vdu_peft.prompt_file import EvaluationPrompt, Target
 from vdu_peft.text_denoiser import TextDenoiser
 from vdu_peft.text_judges import Judges, Seen
@@ -125,7 +126,9 @@ class TextReport:
     def lines(self) -> list[str]:
         """The report for a person to read."""
         width = max(map(len, self.figures))
-        title = f"{self.asked.sum()} images of target prompts, {(~self.asked).sum()} of others"
+        others = (~self.asked).sum()
+        title = f"{self.asked.sum()} images of {'target prompts' if others else 'prompts'}"
+        title += f", {others} of others" if others else ""
         rows = [title, f"{'':<{width}}{'before':>10}{'after':>10}"]
         for name, (before, after) in self.figures.items():
             shown = "{:>10.2f}" if "FID" in name or "score" in name else "{:>10.1%}"

@@ -14,12 +14,20 @@ from accelerate.utils import broadcast_object_list, set_seed
 from peft import PeftModel
 from tqdm.auto import tqdm
 
-from vdu_peft.adapter import attach, detach, posterior_size, total_kl, trainable_state
+from vdu_peft.adapter import (
+    attach,
+    check_replaceable,
+    detach,
+    posterior_size,
+    total_kl,
+    trainable_state,
+    undone_on_error,
+)
 from vdu_peft.batch import BatchSource, batch_shares, forget_timesteps
 from vdu_peft.checkpoint import check_resumable, load_checkpoint, run_options, save_checkpoint
 from vdu_peft.classes import check_labels, run_classes
 from vdu_peft.config import ConfigError, UnlearnConfig, VDUConfig
-from vdu_peft.contexts import adapter_scale, evaluating, posterior_noise
+from vdu_peft.contexts import adapter_scale, dropping, evaluating, posterior_noise
 from vdu_peft.data import ImageDataset
 from vdu_peft.denoiser import Denoiser, as_denoiser
 from vdu_peft.history import COLLAPSE, FAILED, collapsed, recent, run_status, steps_to_target, target_holds
@@ -103,7 +111,8 @@ def unlearn(
 
     Raises:
         DataError, ConfigError, ModelError: bad input, before any heavy work.
-        UnlearnError: the loss is not finite; the last good adapter is kept in ``output_dir``.
+        UnlearnError: the loss is not finite; the last good adapter is kept in ``output_dir``. After any error the model
+            is without an adapter again.
     """
     denoiser = as_denoiser(model)
     config = (config or UnlearnConfig()).filled(conditional=bool(denoiser.num_classes))
@@ -118,22 +127,20 @@ def unlearn(
         denoiser.check_inference_steps(config.replay_inference_steps, "replay_inference_steps")
     accelerator = _accelerator(config, output_dir, denoiser.dtype)
     if output_dir is not None:
+        check_replaceable(output_dir / "adapter")
         output_dir.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written fails now, not after training
     bar_off = not accelerator.is_local_main_process
-    make_trainable_as_before = trainable_state(denoiser.model)
-    denoiser.model.to(accelerator.device).requires_grad_(False)
-    if config.gradient_checkpointing and hasattr(denoiser.model, "enable_gradient_checkpointing"):
-        denoiser.model.enable_gradient_checkpointing()
-
-    set_seed(config.seed)
-    # Once: what encodes is not needed again. A latent's mirror image is not its image's.
-    mirrored = denoiser.encode(forget.flip(-1)) if config.random_flip else None
-    images, forget = forget, denoiser.encode(forget)
-    peft_model = attach(denoiser.model, adapter or VDUConfig.for_model(denoiser.model))
-    history: list[dict[str, float]] = []
-    own: OwnAlike | None = None
-    varied = forget[:0]
-    try:
+    # However it ends, the caller's model can be used again; in the steps, too, the base computes as when it draws.
+    with undone_on_error(denoiser.model), _checkpointed(denoiser.model, config), evaluating(denoiser.model):
+        denoiser.model.to(accelerator.device).requires_grad_(False)
+        set_seed(config.seed)
+        # Once: what encodes is not needed again. A latent's mirror image is not its image's.
+        mirrored = denoiser.encode(forget.flip(-1)) if config.random_flip else None
+        images, forget = forget, denoiser.encode(forget)
+        peft_model = attach(denoiser.model, adapter or VDUConfig.for_model(denoiser.model))
+        history: list[dict[str, float]] = []
+        own: OwnAlike | None = None
+        varied = forget[:0]
         parameters = {n: p for n, p in denoiser.model.named_parameters() if p.requires_grad}
         num_posterior = posterior_size(denoiser.model)
         optimizer = torch.optim.Adam(parameters.values(), lr=config.learning_rate)
@@ -143,6 +150,7 @@ def unlearn(
             images,
             torch.cat([classes.forget_labels[:, None], classes.anchors], dim=1) if classes else None,
             given_replay,
+            replay_labels,
             getattr(denoiser, "prompts", None),
             denoiser.guidance_scale,
             batch_shares(classes) | {"variation_noise": NOISE_SHARE},
@@ -152,13 +160,13 @@ def unlearn(
         if resume:  # before replay is drawn, which takes its time, and in which the adapter has no part
             history = load_checkpoint(output_dir, parameters, optimizer, options)
         if replay is None:
-            with adapter_scale(denoiser.model, 0), evaluating(denoiser.model), accelerator.autocast():
+            with adapter_scale(denoiser.model, 0), accelerator.autocast():
                 retained, title = classes.retained if classes else None, None if bar_off else "replay"
                 replay, replay_labels, own = own_replay(denoiser, forget, config, retained, title)
         else:
             replay = denoiser.encode(replay)
         if classes is None and config.plasticity != "elbo":  # whose likelihood is of the given images
-            with adapter_scale(denoiser.model, 0), evaluating(denoiser.model), accelerator.autocast():
+            with adapter_scale(denoiser.model, 0), accelerator.autocast():
                 title = None if bar_off else "variations"
                 varied = denoiser.decode(variations(denoiser, forget, replay, config, title))
             forget = torch.cat([forget, denoiser.encode(varied)])
@@ -166,107 +174,117 @@ def unlearn(
                 mirrored = torch.cat([mirrored, denoiser.encode(varied.flip(-1))])
         # Processes may round apart, but must draw from one range.
         (shown_at,) = broadcast_object_list([forget_timesteps(config, denoiser, replay, conditional=bool(classes))])
-    except BaseException:  # before the first step: the caller's model is as it was, and can be tried again
-        detach(denoiser.model)
-        make_trainable_as_before()
-        raise
-    source = BatchSource(
-        ImageDataset(forget, mirrored),
-        replay,
-        replay_labels,
-        classes,
-        config,
-        shown_at,
-        denoiser.num_train_timesteps,
-    )
-    facts = run_facts(denoiser, len(images), len(varied), shown_at, peft_model.active_peft_config.r, classes, config)
-    save = partial(save_run, peft_model, denoiser.name, output_dir, facts, history, accelerator)
-    if config.report_to and accelerator.is_main_process:
-        accelerator.init_trackers("unlearn", config={k: v for k, v in asdict(config).items() if v is not None})
-    bar = tqdm(total=config.max_train_steps, initial=len(history), desc="unlearn", disable=bar_off)
-    with bar, _prepared(accelerator, denoiser.model, optimizer) as (network, optimizer):
-        to_target = steps_to_target(history, config)
-        while (step := len(history)) < last_step(to_target, config.max_train_steps) and not collapsed(history):
-            # Every step has its own seed, so that a resumed run draws what the uninterrupted one would have.
-            set_seed((config.seed * 1_000_003 + step) % 2**32)
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * lr_factor(step, config.max_train_steps, to_target)
-            terms: dict[str, torch.Tensor] = {}
-            for _ in range(config.gradient_accumulation_steps):
-                batch = source.draw(accelerator)
-                if accelerator.num_processes > 1:
-                    # Alike so far; the posterior's draws must be each process's own.
-                    torch.manual_seed(int(torch.randint(2**31, ())) + accelerator.process_index)
-                # Around the backward too: gradient checkpointing runs the forward again in it.
-                with posterior_noise(denoiser.model):
-                    batch_terms = loss_terms(denoiser, network, batch, config, accelerator)
-                    kl = total_kl(denoiser.model)
-                    loss = (
-                        batch_terms["plasticity"]
-                        + batch_terms.get("redirect", 0)
-                        + config.stability_weight * batch_terms["stability"]
-                        + config.kl_weight * kl / num_posterior
+        source = BatchSource(
+            ImageDataset(forget, mirrored),
+            replay,
+            replay_labels,
+            classes,
+            config,
+            shown_at,
+            denoiser.num_train_timesteps,
+        )
+        facts = run_facts(
+            denoiser, len(images), len(varied), shown_at, peft_model.active_peft_config.r, classes, config
+        )
+        save = partial(save_run, peft_model, denoiser.name, output_dir, facts, history, accelerator)
+        if config.report_to and accelerator.is_main_process:
+            accelerator.init_trackers("unlearn", config={k: v for k, v in asdict(config).items() if v is not None})
+        bar = tqdm(total=config.max_train_steps, initial=len(history), desc="unlearn", disable=bar_off)
+        with bar, _prepared(accelerator, denoiser.model, optimizer) as (network, optimizer):
+            to_target = steps_to_target(history, config)
+            while (step := len(history)) < last_step(to_target, config.max_train_steps) and not collapsed(history):
+                # Every step has its own seed, so that a resumed run draws what the uninterrupted one would have.
+                set_seed((config.seed * 1_000_003 + step) % 2**32)
+                for group in optimizer.param_groups:
+                    group["lr"] = config.learning_rate * lr_factor(step, config.max_train_steps, to_target)
+                terms = _gradient(denoiser, network, source, config, num_posterior, accelerator)
+                record = {name: accelerator.reduce(value, "mean").item() for name, value in terms.items()}
+                grad_norm = accelerator.clip_grad_norm_(parameters.values(), config.max_grad_norm)
+                # With a gradient scaler an infinite norm is ordinary: it skips the step and lowers the scale.
+                finite_gradient = accelerator.scaler is not None or torch.isfinite(torch.as_tensor(grad_norm)).item()
+                if not (finite_gradient and torch.isfinite(torch.tensor(list(record.values()))).all()):
+                    where = save(run_status(history, config) if history else None)
+                    # Before the first step the adapter is the model itself.
+                    mend = "Lower learning_rate" if history else "Look whether the model draws images as it is"
+                    raise UnlearnError(
+                        f"step {step + 1}: the loss or its gradient is not finite ({record}); {where}. "
+                        f"{mend}, or use mixed_precision no"
                     )
-                    accelerator.backward(loss / config.gradient_accumulation_steps)
-                for name, value in {"loss": loss, "kl": kl, **batch_terms}.items():
-                    terms[name] = terms.get(name, 0) + value.detach() / config.gradient_accumulation_steps
-            record = {name: accelerator.reduce(value, "mean").item() for name, value in terms.items()}
-            grad_norm = accelerator.clip_grad_norm_(parameters.values(), config.max_grad_norm)
-            # With a gradient scaler an infinite norm is ordinary: it skips the step and lowers the scale.
-            finite_gradient = accelerator.scaler is not None or torch.isfinite(torch.as_tensor(grad_norm)).item()
-            if not (finite_gradient and torch.isfinite(torch.tensor(list(record.values()))).all()):
-                where = save(run_status(history, config) if history else None)
-                # Before the first step the adapter is the model itself.
-                mend = "Lower learning_rate" if history else "Look whether the model draws images as it is"
-                raise UnlearnError(
-                    f"step {step + 1}: the loss or its gradient is not finite ({record}); {where}. "
-                    f"{mend}, or use mixed_precision no"
-                )
-            optimizer.step()
-            optimizer.zero_grad()
-            history.append(record)
-            if to_target is None and target_holds(history, config):
-                to_target = len(history)
-            bar.update()
-            bar.set_postfix({name: f"{value:.3g}" for name, value in record.items()})
-            if config.report_to:
-                accelerator.log(record, step=step + 1)
-            if callback:
-                callback(step + 1, record)
-            if config.checkpointing_steps and len(history) % config.checkpointing_steps == 0 and output_dir:
-                if accelerator.is_main_process:
-                    save_checkpoint(output_dir, parameters, optimizer, history, options)
-                accelerator.wait_for_everyone()
+                optimizer.step()
+                optimizer.zero_grad()
+                history.append(record)
+                if to_target is None and target_holds(history, config):
+                    to_target = len(history)
+                bar.update()
+                bar.set_postfix({name: f"{value:.3g}" for name, value in record.items()})
+                if config.report_to:
+                    accelerator.log(record, step=step + 1)
+                if callback:
+                    callback(step + 1, record)
+                if config.checkpointing_steps and len(history) % config.checkpointing_steps == 0 and output_dir:
+                    if accelerator.is_main_process:
+                        save_checkpoint(output_dir, parameters, optimizer, history, options)
+                    accelerator.wait_for_everyone()
 
-    status, strength = run_status(history, config), None
-    save(status)  # before it is looked what it leaves: an interrupt there loses nothing of the run
-    if own is not None and status not in FAILED:
-        with evaluating(denoiser.model), accelerator.autocast():
-            strength = calibrate(
-                denoiser,
-                own,
-                tolerance=config.forget_tolerance,
-                # Stability grows about as the square of the delta.
-                max_scale=(COLLAPSE / max(recent(history, "stability"), 1e-12)) ** 0.5,
-                num_inference_steps=config.replay_inference_steps,
-                progress=not bar_off,
-            )
-        (strength,) = broadcast_object_list([strength])  # processes may round apart, but must end with one adapter
-        status = run_status(history, config, strength.remaining_share)
-        scale_delta(denoiser.model, strength.scale)
-        save(status, strength)
-    if config.report_to:
-        accelerator.end_training()  # takes processes apart, after which they cannot wait for each other
-    return UnlearnResult(
-        peft_model,
-        denoiser,
-        history,
-        status,
-        len(replay),
-        varied,
-        sum(p.numel() for p in parameters.values()),
-        strength,
-    )
+        status, strength = run_status(history, config), None
+        save(status)  # before it is looked what it leaves: an interrupt there loses nothing of the run
+        if own is not None and status not in FAILED:
+            with accelerator.autocast():
+                strength = calibrate(
+                    denoiser,
+                    own,
+                    tolerance=config.forget_tolerance,
+                    # Stability grows about as the square of the delta.
+                    max_scale=(COLLAPSE / max(recent(history, "stability"), 1e-12)) ** 0.5,
+                    num_inference_steps=config.replay_inference_steps,
+                    progress=not bar_off,
+                )
+            (strength,) = broadcast_object_list([strength])  # processes may round apart, but must end with one adapter
+            status = run_status(history, config, strength.remaining_share)
+            scale_delta(denoiser.model, strength.scale)
+            save(status, strength)
+        if config.report_to:
+            accelerator.end_training()  # takes processes apart, after which they cannot wait for each other
+        return UnlearnResult(
+            peft_model,
+            denoiser,
+            history,
+            status,
+            len(replay),
+            varied,
+            sum(p.numel() for p in parameters.values()),
+            strength,
+        )
+
+
+def _gradient(
+    denoiser: Denoiser,
+    network: torch.nn.Module,
+    source: BatchSource,
+    config: UnlearnConfig,
+    num_posterior: int,
+    accelerator: Accelerator,
+) -> dict[str, torch.Tensor]:
+    """Accumulate the gradient of one optimizer step; returns its terms, means over its batches."""
+    count = config.gradient_accumulation_steps
+    batches = [source.draw(accelerator) for _ in range(count)]
+    if accelerator.num_processes > 1:
+        # Alike so far; the posterior's draws must be each process's own.
+        torch.manual_seed(int(torch.randint(2**31, ())) + accelerator.process_index)
+    terms: dict[str, torch.Tensor] = {}
+    for number, batch in enumerate(batches, 1):
+        # Around the backward too: gradient checkpointing runs the forward again in it.
+        with posterior_noise(denoiser.model), dropping(denoiser.model):
+            batch_terms = loss_terms(denoiser, network, batch, config, accelerator)
+            loss = batch_terms["plasticity"] + batch_terms.get("redirect", 0)
+            loss = (loss + config.stability_weight * batch_terms["stability"]) / count
+            if number == count:  # of the whole step
+                kl = total_kl(denoiser.model)
+                loss = loss + config.kl_weight * kl / num_posterior
+            accelerator.backward(loss)
+        for name, value in {"loss": loss * count, **batch_terms}.items():
+            terms[name] = terms.get(name, 0) + value.detach() / count
+    return {**terms, "kl": kl.detach()}
 
 
 def check_run(
@@ -284,7 +302,8 @@ def check_run(
     denoiser.check_inference_steps(config.replay_inference_steps, "replay_inference_steps")
     _accelerator(config, output_dir, denoiser.dtype)
     make_trainable_as_before = trainable_state(denoiser.model)
-    attach(denoiser.model, copy.deepcopy(adapter))  # PEFT writes into the config
+    with _checkpointed(denoiser.model, config):
+        attach(denoiser.model, copy.deepcopy(adapter))  # PEFT writes into the config
     detach(denoiser.model)
     make_trainable_as_before()
 
@@ -329,10 +348,33 @@ def _check_replay(
 
 
 @contextmanager
-def _prepared(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
-    """accelerate's wrapped (model, optimizer); its autocast comes off the caller's model however the run ends."""
-    network, optimizer = accelerator.prepare(model, optimizer)
+def _checkpointed(model: torch.nn.Module, config: UnlearnConfig):
+    """Gradient checkpointing while the run lasts, where it is asked for.
+
+    Raises:
+        ConfigError: the model has none.
+    """
+    if not config.gradient_checkpointing or getattr(model, "is_gradient_checkpointing", False):
+        yield
+        return
+    if not getattr(model, "_supports_gradient_checkpointing", False):
+        raise ConfigError(f"gradient_checkpointing: a {type(model).__name__} has none; leave it out")
+    model.enable_gradient_checkpointing()
     try:
-        yield network, optimizer
+        yield
     finally:
-        accelerator.unwrap_model(network, keep_fp32_wrapper=False)
+        model.disable_gradient_checkpointing()
+
+
+@contextmanager
+def _prepared(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
+    """accelerate's wrapped (model, optimizer); what it puts on the caller's model comes off however the run ends."""
+    # Not by unwrap_model, which takes decorators of the class's own forward with it.
+    put_on = ("forward", "_original_forward", "_is_accelerate_prepared")
+    before = {name: vars(model)[name] for name in put_on if name in vars(model)}
+    try:
+        yield accelerator.prepare(model, optimizer)
+    finally:
+        for name in put_on:
+            vars(model).pop(name, None)
+        vars(model).update(before)

@@ -29,7 +29,7 @@ from benchmarks.text.run import (
 from benchmarks.text.run import spec_of as model_spec
 from benchmarks.text.task import make_task
 from vdu_peft.attack import embedding_attack, shift_embeddings
-from vdu_peft.evaluation import labelled_grids
+from vdu_peft.pictures import labelled_grids
 from vdu_peft.prompt_file import EvaluationPrompt, Target, seeded
 from vdu_peft.text_denoiser import TextDenoiser
 from vdu_peft.text_evaluation import draw

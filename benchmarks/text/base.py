@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.text.dolls import FOLDER, Dolls
 from benchmarks.text.run import SAMPLE_STEPS
-from vdu_peft.evaluation import image_grid
+from vdu_peft.pictures import image_grid
 from vdu_peft.pixels import to_tensor
 from vdu_peft.prompt_file import EvaluationPrompt, seeded
 from vdu_peft.text_evaluation import attribute_accuracy, draw

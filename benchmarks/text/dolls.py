@@ -26,7 +26,7 @@ class Forgotten:
     Attributes:
         targets: the judge's attribute and values, one for each concept that is forgotten at once.
         concepts: what is replaced in captions, one after the other.
-        anchors: by what, as :func:`~vdu_peft.text_denoiser.anchor_prompts` has it.
+        anchors: by what, as :func:`~vdu_peft.prompts.anchor_prompts` has it.
         instead: the judge's value of each target's attribute where the anchor is drawn.
     """
 

@@ -32,7 +32,8 @@ from benchmarks.text.uce import uce
 from vdu_peft.config import UnlearnConfig, VDUConfig
 from vdu_peft.metrics import frechet_distance
 from vdu_peft.prompt_file import EvaluationPrompt, Target, seeded
-from vdu_peft.text_denoiser import TextDenoiser, anchor_prompts
+from vdu_peft.prompts import anchor_prompts
+from vdu_peft.text_denoiser import TextDenoiser
 from vdu_peft.text_evaluation import draw, evaluate_prompts, shown_places
 from vdu_peft.text_judges import Judges
 from vdu_peft.trainer import UnlearnError, unlearn

@@ -7,7 +7,8 @@ import torch
 
 from benchmarks.text.dolls import Dolls, Forgotten
 from vdu_peft.pixels import to_tensor
-from vdu_peft.text_denoiser import TextDenoiser, anchor_prompts
+from vdu_peft.prompts import anchor_prompts
+from vdu_peft.text_denoiser import TextDenoiser
 
 
 @dataclass(frozen=True)
