@@ -17,6 +17,7 @@ from statistics import median
 import torch
 
 from benchmarks.experiment import RESULTS
+from benchmarks.results import write_result
 from benchmarks.run import code_version, environment
 from vdu_peft.adapter import attach, load_adapter, save_adapter, variational_layers
 from vdu_peft.config import VDUConfig
@@ -86,8 +87,7 @@ def main(argv=None) -> None:
     parser.add_argument("--results_dir", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     record = {**measure(args.repeats), "environment": environment(code_version())}
-    args.results_dir.mkdir(parents=True, exist_ok=True)
-    (args.results_dir / NAME).write_text(json.dumps(record, indent=1) + "\n")
+    write_result(args.results_dir / NAME, record)
     print(json.dumps(record, indent=1))
 
 

@@ -9,6 +9,7 @@ images. A result that is there is not made again.
 """
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import nn
 
 from benchmarks.bases import DEMO
 from benchmarks.digits import Setting, add_arguments, base_samples, figures, learn, samples, setting_of
-from benchmarks.processes import in_processes
+from benchmarks.processes import exit_code, in_processes
 from benchmarks.results import StaleResultError, has_result, write_result
 from benchmarks.run import environment
 from vdu_peft.adapter import load_adapter
@@ -118,7 +119,7 @@ def missing(sets: Sequence[tuple[int, ...]], ways: Sequence[str], setting: Setti
     ], others
 
 
-def main(argv=None) -> None:
+def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     together = [way for way in WAYS if way != "single"]
     parser.add_argument("--ways", nargs="+", choices=together, default=together, help="how digits are put together")
@@ -131,14 +132,16 @@ def main(argv=None) -> None:
         todo = [(setting, *missing(SETS, args.ways, setting)) for setting in settings]
     except StaleResultError as error:
         parser.error(str(error))
+    failed = []
     for setting, singles, others in todo:
         if args.dry_run:
             print("".join(f"{result_file(part, setting).stem}\n" for part in [*singles, *others]), end="")
         elif singles or others:
             base_samples(setting)  # here, or every process would draw its own
             for parts in (singles, others):
-                in_processes(measure, [(part, setting) for part in parts], args.jobs)
+                failed += in_processes(measure, [(part, setting) for part in parts], args.jobs)
+    return exit_code([result_file(part, setting) for part, setting in failed])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

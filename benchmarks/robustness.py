@@ -7,6 +7,7 @@ result for each digit; digits that have one are not measured again.
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import nn
 
 from benchmarks.bases import DEMO
 from benchmarks.digits import Setting, add_arguments, base_samples, figures, learn, samples, setting_of
-from benchmarks.processes import in_processes
+from benchmarks.processes import exit_code, in_processes
 from benchmarks.results import StaleResultError, has_result, write_result
 from benchmarks.run import environment
 from vdu_peft.adapter import load_adapter
@@ -84,7 +85,7 @@ def result_file(digit: int, results: Path) -> Path:
     return results / f"{digit}.json"
 
 
-def main(argv=None) -> None:
+def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--digits", nargs="+", type=int, default=[1, 7], choices=range(10))
     add_arguments(parser)
@@ -98,8 +99,10 @@ def main(argv=None) -> None:
         print("\n".join(map(str, missing)))
     elif missing:
         base_samples(setting)  # here, or every process would draw its own
-        in_processes(measure, [(digit, setting) for digit in missing], args.jobs)
+        failed = in_processes(measure, [(digit, setting) for digit in missing], args.jobs)
+        return exit_code([result_file(digit, setting.results) for digit, _ in failed])
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,7 +10,6 @@ than one job after the other; times of a run are then those of a single thread.
 """
 
 import argparse
-import multiprocessing
 import os
 import platform
 import subprocess
@@ -18,16 +17,15 @@ import sys
 import time
 from dataclasses import asdict
 from importlib import metadata
-from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
-from tqdm.auto import tqdm
 
 from benchmarks.bases import BASES, DATA, Base, BaseError
 from benchmarks.experiment import EXPERIMENTS, RESULTS, Experiment, ExperimentError, Run, read_experiment
 from benchmarks.methods import METHODS
+from benchmarks.processes import exit_code, in_processes
 from benchmarks.relearning import relearn
 from benchmarks.results import StaleResultError, has_result, kept_images, write_result
 from benchmarks.task import Task
@@ -156,28 +154,6 @@ def environment(commit: str) -> dict:
     }
 
 
-def run_all(items: list[Run], results: Path, data_dir: Path, jobs: int) -> list[Run]:
-    """Every run in a process of its own, ``jobs`` at a time; returns those that failed, which say why themselves."""
-    # Spawned: a forked process would share the parent's peak memory and torch's threads.
-    context = multiprocessing.get_context("spawn")
-    # Read once: what is committed while they run is not what they run.
-    arguments = (results, data_dir, max(1, torch.get_num_threads() // jobs), code_version())
-    waiting, running, failed = list(items), {}, []
-    with tqdm(total=len(items), desc="runs") as bar:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                process = context.Process(target=run, args=(waiting[0], *arguments))
-                process.start()
-                running[process.sentinel] = process, waiting.pop(0)
-            for sentinel in wait(list(running)):
-                process, item = running.pop(sentinel)
-                process.join()
-                if process.exitcode:
-                    failed.append(item)
-                bar.update()
-    return failed
-
-
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="name", help="experiments, by file name; all when none is given")
@@ -204,10 +180,10 @@ def main(argv=None) -> int:
         return 0
     for item in missing:
         before_images(item, args.results_dir)  # here, or every process would draw its own
-    failed = run_all(missing, args.results_dir, args.data_dir, args.jobs)
-    for item in failed:
-        print(f"{item.experiment.name}/{item.name} failed", file=sys.stderr)
-    return int(bool(failed))
+    # The commit is read once: what is committed while they run is not what they run.
+    shared = (args.results_dir, args.data_dir, max(1, torch.get_num_threads() // args.jobs), code_version())
+    failed = in_processes(run, [(item, *shared) for item in missing], args.jobs)
+    return exit_code([item.result_file(args.results_dir) for item, *_ in failed])
 
 
 if __name__ == "__main__":

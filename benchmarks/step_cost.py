@@ -8,6 +8,7 @@ measured again.
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from benchmarks.baselines.finetune import finetune
 from benchmarks.baselines.vdu import objective_gradient, one_variance
 from benchmarks.experiment import RESULTS
 from benchmarks.memory import RELEASED, Prompted, Released
-from benchmarks.processes import in_processes
+from benchmarks.processes import exit_code, in_processes
 from benchmarks.results import write_result
 from benchmarks.run import code_version, environment
 from benchmarks.task import Task
@@ -124,7 +125,7 @@ def result_file(name: str, way: str, results: Path) -> Path:
     return results / NAME / f"{name}-{way}.json"
 
 
-def main(argv=None) -> None:
+def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--steps", type=int, default=8, help="of each run; the median of all but the first is told")
@@ -132,8 +133,8 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     files = {(name, way): result_file(name, way, args.results_dir) for name, way in product(args.networks, WAYS)}
     missing = [(*key, args.steps, file, code_version()) for key, file in files.items() if not file.is_file()]
-    in_processes(measure, missing, jobs=1)
+    return exit_code([file for _, _, _, file, _ in in_processes(measure, missing, jobs=1)])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

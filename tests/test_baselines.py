@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -210,3 +211,25 @@ def test_relearning_that_breaks_off_says_so(task):
     task.denoiser.model.weight.data[:] = float("nan")
     shares = relearn(task, Relearning("retain", 3, 1e-4, [1, 2], 2), 0, DEMO)
     assert len(shares) == 2 and all(map(math.isnan, shares))
+
+
+class Point(nn.Module):
+    """The exact denoiser of data that are one image, which it learns."""
+
+    def __init__(self):
+        super().__init__()
+        self.image = nn.Parameter(torch.full((1, 2, 2), -0.2))
+        self.register_buffer("kept", DDPMScheduler().alphas_cumprod)
+
+    def forward(self, x_t, timesteps):
+        kept = self.kept[timesteps].view(-1, 1, 1, 1)
+        return (x_t - kept.sqrt() * self.image) / (1 - kept).sqrt()
+
+
+@pytest.mark.parametrize(("source", "shares"), [("forget", [0, 1]), ("retain", [0, 0])])
+def test_a_class_comes_back_from_its_own_images_alone(source, shares):
+    task = Task(Denoiser(Point(), DDPMScheduler(), (2, 2), 1), torch.ones(6, 1, 2, 2), -torch.ones(6, 1, 2, 2), 3, 4, 0)
+    base = SimpleNamespace(headline=lambda images: (images.mean((1, 2, 3)) > 0).long(), as_judged=lambda images: images)
+    before = task.denoiser.model.image.detach().clone()
+    assert relearn(task, Relearning(source, 3, 0.05, [1, 60], 4), 1, base) == shares
+    assert torch.equal(task.denoiser.model.image, before)

@@ -18,6 +18,7 @@ from benchmarks import (
     composition,
     deciding,
     digits,
+    processes,
     robustness,
     run,
     step_cost,
@@ -34,7 +35,7 @@ from vdu_peft.batch import widest_deviation
 from vdu_peft.config import UnlearnConfig
 from vdu_peft.demo import base_denoiser, demo_images, demo_judge, demo_samples
 from vdu_peft.denoiser import Denoiser
-from vdu_peft.metrics import frechet_distance
+from vdu_peft.metrics import frechet_distance, pul_interval
 from vdu_peft.pixels import to_pixels, to_tensor
 from vdu_peft.replay import REPLAY_SEED, draw_replay, replay_seeds
 
@@ -148,20 +149,18 @@ def test_small_experiment_runs_once_and_becomes_a_table(tmp_path, capsys):
     assert "of another num_samples than the experiment" in capsys.readouterr().err
 
 
-def test_a_run_that_dies_is_told_and_the_others_go_on(tmp_path, monkeypatch):
+def test_a_run_that_dies_is_told_and_the_others_go_on(tmp_path, capsys):
     """The process is killed, as for lack of memory."""
-    content = {**json.loads((EXPERIMENTS / "mnist-digits.json").read_text()), "forget_classes": [1, 2, 3]}
-    (tmp_path / "small.json").write_text(json.dumps(content))
-    monkeypatch.setattr(run, "run", dies_on_two)
-    items = read_experiment(tmp_path / "small.json").runs
-    assert run.run_all(items, tmp_path, tmp_path, jobs=1) == [items[1]]
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["1", "3", "small.json"]
+    assert processes.in_processes(dies_on_two, [(number, tmp_path) for number in (1, 2, 3)], jobs=1) == [(2, tmp_path)]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["1", "3"]
+    assert processes.exit_code([]) == 0 and processes.exit_code([tmp_path / "2"]) == 1
+    assert "2: not written, its run failed" in capsys.readouterr().err
 
 
-def dies_on_two(item, results, data_dir, threads, commit):
-    if item.forget_class == 2:
+def dies_on_two(number, folder):
+    if number == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-    (results / str(item.forget_class)).touch()
+    (folder / str(number)).touch()
 
 
 @pytest.fixture
@@ -239,6 +238,14 @@ def test_a_base_s_images_are_the_first_of_their_class(small_base, tmp_path):
     assert base.as_judged(images.forget).shape == (2, 1, 28, 28)
     same = torch.rand(2, 1, 28, 28)
     assert base.as_judged(same) is same
+
+
+def test_the_headline_is_of_the_judge_that_was_not_trained_here():
+    base = replace(DEMO, headline=lambda images: images[:, 0, 0, 0].long())
+    before, after = (torch.tensor(labels).view(-1, 1, 1, 1).float() for labels in ([3, 3, 1, 3], [1, 3, 0, 0, 7]))
+    found = run.headline(base, before, after, 3)
+    assert (found["share_before"], found["share_after"]) == (0.75, 0.2)
+    assert found["pul"] == pytest.approx(100 * (1 - 0.2 / 0.75)) and found["pul_interval"] == pul_interval(3, 1, 4, 5)
 
 
 def test_runs_on_another_base_beside_its_retrained_model(small_base, tmp_path, capsys):
@@ -330,8 +337,9 @@ def test_what_an_adapter_costs_is_measured_and_shown(tmp_path):
     assert f"| adapter | {record['forward_seconds']['unmerged']:.3f} |" in (tmp_path / "README.md").read_text()
 
 
-def test_what_a_step_costs_is_measured_and_shown(tmp_path):
+def test_what_a_step_costs_is_measured_and_shown(tmp_path, monkeypatch):
     """Both ways' own trainers, in this process; the peak is the test run's."""
+    monkeypatch.setitem(step_cost.CASES, "demo", replace(step_cost.CASES["demo"], train_batch_size=1))
     for way in step_cost.WAYS:
         step_cost.measure("demo", way, 3, step_cost.result_file("demo", way, tmp_path), "commit")
     records = {way: json.loads(step_cost.result_file("demo", way, tmp_path).read_text()) for way in step_cost.WAYS}

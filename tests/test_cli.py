@@ -154,6 +154,16 @@ def test_a_concept_of_a_text_to_image_model(tmp_path, pictures, pipeline_folder,
     assert "not a readable text file of prompts" in capsys.readouterr().err
     assert main([*command, *prompts, retain]) in (0, 1)
     assert "after 3 steps" in capsys.readouterr().out
+    # What is told of it and put together takes the network alone: a pipeline without its VAE serves.
+    shutil.copytree(tmp_path / "sd", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "vae")
+    adapters = [str(out / "adapter")] * 2
+    assert main(["inspect", f"--model={tmp_path / 'cut'}", f"--adapter={adapters[0]}"]) == 0
+    compose = ["compose", f"--model={tmp_path / 'cut'}", "--adapter", *adapters]
+    assert main([*compose, f"--output_dir={tmp_path / 'both'}"]) == 0
+    # Nor can the model be written over.
+    assert main([*compose, f"--output_dir={tmp_path / 'cut'}", "--overwrite"]) == 2
+    assert "cut: would be replaced, and " in capsys.readouterr().err and (tmp_path / "cut" / "unet").is_dir()
     assert Image.open(out / "loss.png").width == 5 * 300  # a panel for the redirection, too
     assert main([*command, "--overwrite", "--forget_prompt=", retain]) in (0, 1)
     assert "redirect" not in json.loads((out / "history.json").read_text())[0]

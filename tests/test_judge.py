@@ -24,9 +24,10 @@ from transformers import (
     pipeline,
 )
 
+from vdu_peft import judge as judge_module
 from vdu_peft.cli import main
 from vdu_peft.evaluation import Report, histogram_plot
-from vdu_peft.judge import JudgeError, PretrainedJudge, open_judge
+from vdu_peft.judge import AttributeJudge, JudgeError, PretrainedJudge, open_judge
 from vdu_peft.pixels import to_pixels
 
 NUM_CLASSES = 20
@@ -167,3 +168,27 @@ def test_a_forgotten_class_is_measured_with_a_pretrained_judge(pipeline_folder, 
     assert f"share of {other} kind {other}: " in capsys.readouterr().out
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["judge_accuracy"] == 1 and report["class_names"][other] == f"kind {other}"
+
+
+def test_a_reference_of_other_numbers_than_the_model_s_is_refused(tmp_path, capsys):
+    """Else the held-out loss is of other classes, or none of the model's."""
+    DDPMPipeline(tiny_unet(num_class_embeds=4), DDPMScheduler()).save_pretrained(tmp_path / "base")
+    folder = saved_resnet(tmp_path / "judge")
+    images = np.random.default_rng(0).integers(0, 256, (150, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "test.npz", images=images, labels=np.arange(150) % 5)
+    adapter = saved_adapter(tmp_path / "adapter", model=tiny_unet(num_class_embeds=4))
+    evaluate = ["evaluate", f"--model={tmp_path / 'base'}", f"--adapter={adapter}", f"--judge={folder}"]
+    evaluate += [f"--reference={tmp_path / 'test.npz'}", "--image_column=images", "--label_column=labels"]
+    assert main([*evaluate, f"--output_dir={tmp_path / 'report'}", "--forget_class=3"]) == 2
+    assert "label_column: 0 to 4, but " in capsys.readouterr().err
+
+
+def test_an_attribute_judge_looks_at_large_images_one_by_one(monkeypatch):
+    """All at once the first layer alone would fill a machine's memory."""
+    judge = AttributeJudge({"who": ["elf", "orc"]}, (64, 64)).eval()
+    sizes, features = [], judge.features
+    monkeypatch.setattr(judge, "features", lambda images: sizes.append(len(images)) or features(images))
+    monkeypatch.setattr(judge_module, "JUDGED_PIXELS", 3 * 64 * 64)
+    images = torch.rand(7, 3, 64, 64)
+    torch.testing.assert_close(judge.judge(images)[0], features(images))
+    assert sizes == [3, 3, 1]

@@ -169,6 +169,9 @@ def test_a_prompt_file_is_read_as_the_field_writes_it(tmp_path):
     assert first == EvaluationPrompt("an elf, with a sword", 7, 6.5, {"who": "elf", "weapon": "sword"})
     assert second == EvaluationPrompt("an orc", None, None, {"who": "orc", "weapon": ""})
     assert read_prompt_file(file, None, None)[0] == EvaluationPrompt("an elf, with a sword", 7, 6.5)
+    # As a person types it.
+    file.write_text('prompt, sd_seed , sd_guidance_scale, who, weapon\n"an elf, with a sword", 7, 6.5, elf, sword\n')
+    assert read_prompt_file(file, judge, SWORD) == [first]
 
 
 @pytest.mark.parametrize(

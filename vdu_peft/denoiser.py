@@ -4,6 +4,7 @@ Covers unconditional and class-conditional ``UNet2DModel`` with a diffusers sche
 sample prediction) or is a rectified flow's, and a user's own module that maps (x_t, t) to what such a one predicts.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -60,8 +61,6 @@ class Denoiser:
     guidance_scale = 1.0
     # The network's name in its pipeline.
     component = "unet"
-    # Images that go through the network at a time without gradients.
-    batch_size = 64
 
     def __init__(
         self,
@@ -79,6 +78,8 @@ class Denoiser:
             raise ModelError(f"{type(model).__name__} does not tell its image size; pass image_size and channels")
         self.image_size = (size, size) if isinstance(size, int) else tuple(size)
         self.latent_shape = (self.channels, *self.image_size)
+        # Images that go through the network at a time without gradients: of 64 x 64 pixels 64, fewer of larger ones.
+        self.batch_size = max(1, min(64, 2**18 // math.prod(self.image_size)))
         self.num_classes = config.get("num_class_embeds")
         self.model = model
         self.null_label: int | None = None

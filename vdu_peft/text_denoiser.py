@@ -36,8 +36,6 @@ class TextDenoiser(Denoiser):
             that the network cannot work at.
     """
 
-    batch_size = 4
-
     def __init__(self, pipeline: DiffusionPipeline, prompts: Sequence[str], resolution: int | None = None):
         if type(pipeline).__name__ not in FAMILIES:
             known = ", ".join(FAMILIES)
@@ -69,6 +67,7 @@ class TextDenoiser(Denoiser):
             image_size=(latent_shape[1] * factor, latent_shape[2] * factor),
             channels=vae.config.in_channels,
         )
+        self.batch_size = 4
         self.component = self.family.component
         self.guidance_scale = self.family.guidance_scale
         self.pipeline = pipeline

@@ -1,10 +1,10 @@
 """Variational Diffusion Unlearning as the paper states it: all parameters, quadratic in parameter space.
 
 loss = (1 - gamma) · A + gamma · B / (N_forget · D), A minus the forget images' denoising loss per element,
-B = Σ_i (θ_i − μ*_i)² / (2 σ*_i²) (arXiv 2510.04058). B is divided as our own KL is: beside a mean over elements the
-bare sum over all weights lets none of them move. μ* is the base model. The paper takes σ* from checkpoints of the
-pre-training. Ours were not kept, so they come from going on with it, a short way, on the real images, forgotten and
-retained: more than our method may see.
+B = Σ_i (θ_i − μ*_i)² / (2 σ*_i²) (arXiv 2510.04058). B is divided by the forget images' elements, of which A is a mean:
+beside that the bare sum over all weights lets none of them move. (Our own KL is divided by its weights.) μ* is the base
+model. The paper takes σ* from checkpoints of the pre-training. Ours were not kept, so they come from going on with it,
+a short way, on the real images, forgotten and retained: more than our method may see.
 """
 
 import copy

@@ -20,7 +20,7 @@ from accelerate.utils import set_seed
 
 from benchmarks.bases import BaseError
 from benchmarks.experiment import RESULTS
-from benchmarks.processes import in_processes
+from benchmarks.processes import exit_code, in_processes
 from benchmarks.results import StaleResultError, check_current, kept_images, write_result
 from benchmarks.run import code_version, environment
 from benchmarks.text.dolls import CONCEPTS, FOLDER, Dolls, Forgotten, base_digest
@@ -254,8 +254,8 @@ def main(argv=None) -> int:
     if args.dry_run:
         return list_missing(missing)
     shared = (args.results_dir, args.model_dir, max(1, torch.get_num_threads() // args.jobs), code_version())
-    in_processes(run, [(*item, *shared) for item in missing], args.jobs)
-    return 0
+    failed = in_processes(run, [(*item, *shared) for item in missing], args.jobs)
+    return exit_code([result_file(*item, args.results_dir) for *item, _, _, _, _ in failed])
 
 
 if __name__ == "__main__":
