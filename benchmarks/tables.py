@@ -57,8 +57,8 @@ def adapter_cost_section(record: dict) -> list[str]:
     return [
         "## What an adapter costs in use",
         "",
-        f"`python -m benchmarks.adapter_cost`: the demo model with rank 4 on all layers, batch {record['batch_size']}, "
-        f"medians of {record['repeats']}; commit {environment['commit']}; {environment['machine']}, "
+        f"`python -m benchmarks.adapter_cost --repeats {record['repeats']}`: the demo model with rank 4 on all layers, "
+        f"batch {record['batch_size']}, medians; commit {environment['commit']}; {environment['machine']}, "
         f"{environment['threads']} thread(s); torch {environment['versions']['torch']}.",
         "",
         "| forward pass | seconds | over the base |",
@@ -107,14 +107,16 @@ def composition_section(records: list[dict]) -> list[str]:
         part = record["part"]
         key = (len(part["digits"]), tuple(part["digits"]), part["way"])
         rows.setdefault(key, {})[record["config"]["seed"]] = record
+    seeds_run = sorted({record["config"]["seed"] for record in records})
     replay, plasticity = (
         " or ".join(map(str, sorted({r["config"][name] for r in records}))) for name in ("replay_size", "plasticity")
     )
     lines = [
         "## Several digits at once",
         "",
-        f"`python -m benchmarks.composition`: the defaults of one digit for every adapter, by {plasticity} with "
-        f"{replay} replay images; {first['num_samples']} samples, {first['sampler'].rpartition(', ')[0]}, the seed "
+        f"`python -m benchmarks.composition --seeds {' '.join(map(str, seeds_run))}`: the defaults of one digit for "
+        f"every adapter, as they were at that commit, by {plasticity} with {replay} replay images; "
+        f"{first['num_samples']} samples, {first['sampler'].rpartition(', ')[0]}, the seed "
         f"after unlearning's; {provenance(records)}. PUL by the demo's judge and by LeNet-5, of each digit in turn; "
         "u-FID against real images of the digits that are left; the ratio is over the best of the single digits' own "
         "u-FIDs of the same seed. Means over the seeds, and by the demo's judge each seed's own in brackets.",
@@ -221,7 +223,8 @@ def deciding_section(records: list[dict]) -> list[str]:
     lines = [
         "## Up to how much noise an image keeps its class",
         "",
-        "`python -m benchmarks.deciding --base ... --classes ...`: the share of 100 forget images that are of their "
+        "`python -m benchmarks.deciding`, with `--base` and `--classes` as the rows say: "
+        "the share of 100 forget images that are of their "
         "class still, by LeNet-5 or ResNet-20, noised to a timestep and drawn again from there by the base "
         f"model; {first['sampler']}; {provenance(records)}. Forget images are shown by default up to where the noise "
         f"is as large as what {first['num_samples']} of the model's own samples differ in most, the deviation. Own is "

@@ -22,7 +22,7 @@ from vdu_peft import UnlearnConfig, VDUConfig, unlearn
 from vdu_peft import history as history_module
 from vdu_peft import replay as replay_module
 from vdu_peft import trainer as trainer_module
-from vdu_peft.adapter import AdapterError, posterior_size, total_kl, variational_layers
+from vdu_peft.adapter import AdapterError, attach, posterior_size, total_kl, variational_layers
 from vdu_peft.batch import BatchSource
 from vdu_peft.config import ConfigError
 from vdu_peft.demo import base_denoiser
@@ -880,3 +880,34 @@ def test_what_looks_like_the_forget_images_is_not_held_under_a_condition(two_kin
     expected = drop_forget_like(drawn, drawn_labels, scores, likeness.threshold(0.05 if quantile is None else quantile))
     assert torch.equal(images, expected[0]) and torch.equal(labels, expected[1]) and alike is None
     assert is_first(images).float().mean() < is_first(drawn).float().mean()
+
+
+def test_processes_draw_one_set_of_batches_and_posterior_noise_of_their_own(monkeypatch):
+    drawn, noise = {0: [], 1: []}, {0: [], 1: []}
+    denoiser = Denoiser(tiny_unet(), DDPMScheduler())
+    attach(denoiser.model, VDUConfig.for_model(denoiser.model))
+
+    class Joined:
+        num_processes = 2
+
+        def __init__(self, index):
+            self.process_index = index
+
+        def backward(self, loss):
+            pass
+
+    class Source:
+        def draw(self, accelerator):
+            drawn[accelerator.process_index].append(torch.rand(3))
+
+    def terms(denoiser, network, batch, config, accelerator):
+        noise[accelerator.process_index].append(torch.rand(3))
+        return {"plasticity": torch.zeros(()), "stability": torch.zeros(())}
+
+    monkeypatch.setattr(trainer_module, "loss_terms", terms)
+    config = replace(FAST, gradient_accumulation_steps=3).filled(conditional=False)
+    for index in (0, 1):
+        torch.manual_seed(7)
+        trainer_module._gradient(denoiser, denoiser.model, Source(), config, 1, Joined(index))
+    assert len(drawn[0]) == 3 and all(map(torch.equal, drawn[0], drawn[1]))
+    assert len(noise[0]) == 3 and not any(map(torch.equal, noise[0], noise[1]))

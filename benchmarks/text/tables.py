@@ -25,7 +25,8 @@ def text_section(records: list[dict]) -> list[str]:
     lines = [
         "## Concepts of a small text-to-image model",
         "",
-        f"`python -m benchmarks.text.run`: {first['num_forget_images']} forget images with captions, "
+        "`python -m benchmarks.text.run`, with `--methods`, `--concepts` and `--seeds` as the rows say: "
+        f"{first['num_forget_images']} forget images with captions, "
         f"{first['num_retained_prompts']} prompts to retain and no images of them; {first['num_target_images']} images "
         f"of held-out captions that ask for each target, several of a caption where there are fewer captions, and "
         f"{first['num_other_images']} of others; {first['sampler'].rsplit(',', 1)[0]}; "
@@ -87,7 +88,8 @@ def attack_section(records: list[dict]) -> list[str]:
     lines = [
         "## Attacks on the text-to-image model",
         "",
-        f"`python -m benchmarks.text.attacks`: share of {first['num_images']} images each in which the judge sees the "
+        "`python -m benchmarks.text.attacks`, with `--concepts` and `--methods` as the rows say: "
+        f"share of {first['num_images']} images each in which the judge sees the "
         f"target; {first['sampler'].rsplit(',', 1)[0]}; "
         f"{provenance(records)}. Paraphrases are in forms that no caption has. The embedding attack moves the "
         f"embedding of every prompt by one shift, learned in {first['embedding_attack']['steps']} steps on the model's "
