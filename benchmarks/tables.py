@@ -90,7 +90,8 @@ def step_cost_section(records: list[dict]) -> list[str]:
         "| ours over VDU |",
         "|---" * 10 + "|",
     ]
-    for title, ways in sorted(networks.items(), key=lambda item: item[1]["ours"]["model_parameters"]):
+    both = [(title, ways) for title, ways in networks.items() if len(ways) == 2]
+    for title, ways in sorted(both, key=lambda item: item[1]["ours"]["model_parameters"]):
         ours, vdu = ways["ours"], ways["vdu"]
         cells = [title, f"{ours['model_parameters']:,}", f"{ours['trained_parameters']:,}", str(ours["images"])]
         for name, form in (("step_seconds", ".2f"), ("peak_memory_mib", ",.0f")):

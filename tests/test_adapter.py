@@ -532,6 +532,24 @@ def test_an_adapter_has_the_mode_of_its_base(saved, training):
     model = adapter.load_adapter(tiny().train(training), folder)
     assert {module.training for module in model.modules()} == {training}
     assert torch.equal(model(images()), model(images())) != training
+    # As denoisers do, past the wrapper; and one more adapter is in that mode, too.
+    model.get_base_model().eval()
+    adapter.load_adapter(model, folder, "second")
+    assert not any(module.training for module in model.modules())
+
+
+def test_a_start_that_left_the_base_alone_is_past_when_an_adapter_is_loaded(saved):
+    folder, model = saved
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, "init_lora_weights": False}))
+    assert torch.equal(adapter.load_adapter(tiny().eval(), folder)(images()), model(images()))
+
+
+def test_an_adapter_of_another_name_is_saved_again_in_its_place(tmp_path):
+    peft_model = adapter.attach(tiny(), VDUConfig(target_modules=["0"]), "cats")
+    for _ in range(2):
+        adapter.save_adapter(peft_model, tmp_path / "cats")
+    assert (tmp_path / "cats" / "cats" / CONFIG).is_file()
 
 
 def test_a_rank_above_a_layer_s_inputs_is_refused_before_anything_is_learned():

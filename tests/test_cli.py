@@ -157,6 +157,8 @@ def test_a_concept_of_a_text_to_image_model(tmp_path, pictures, pipeline_folder,
     # What is told of it and put together takes the network alone: a pipeline without its VAE serves.
     shutil.copytree(tmp_path / "sd", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "vae")
+    encoder = tmp_path / "cut" / "text_encoder" / "model.safetensors"
+    encoder.rename(encoder.with_name("model.fp16.safetensors"))  # a variant of another part
     adapters = [str(out / "adapter")] * 2
     assert main(["inspect", f"--model={tmp_path / 'cut'}", f"--adapter={adapters[0]}"]) == 0
     compose = ["compose", f"--model={tmp_path / 'cut'}", "--adapter", *adapters]

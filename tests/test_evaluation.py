@@ -32,9 +32,12 @@ def test_held_out_loss_gap_is_the_mean_over_images_and_timesteps(monkeypatch, nu
     images, labels = torch.rand(12, 1, 8, 8) * 2 - 1, torch.arange(12) % 3
     generator = torch.Generator().manual_seed(5)
     total = {True: [], False: []}
+    order = torch.Generator().manual_seed(5)
+    kinds = [torch.tensor(kind) for kind in ([1, 4, 7, 10], [0, 2, 3, 5, 6, 8, 9, 11])]
+    rows = [int(row) for kind in kinds for row in kind[torch.randperm(len(kind), generator=order)[:2]]]
     for t in range(100, 1000, 200):
         noise = torch.randn(4, 1, 8, 8, generator=generator)
-        for i, row in enumerate([1, 7, 0, 6]):  # of 1 4 7 10 every other one, of the eight others every fourth
+        for i, row in enumerate(rows):
             x_t = DDPMScheduler().add_noise(images[row, None], noise[i, None], torch.tensor([t]))
             condition = {"class_labels": labels[row, None]} if num_classes else {}
             with torch.no_grad():
@@ -63,10 +66,14 @@ def test_the_oracle_is_what_is_drawn_of_other_classes():
 
 
 def test_a_class_that_a_stride_would_miss_counts_in_the_loss_gap():
-    """A file of ten classes in turn, of which every tenth image is of one class."""
-    denoiser = Denoiser(tiny_unet(), DDPMScheduler())
-    images, labels = torch.rand(1000, 1, 8, 8) * 2 - 1, torch.arange(1000) % 10
+    """A file of ten classes in turn, of which every tenth image is of one class: all of them are in the gap."""
+    denoiser, seen = Denoiser(tiny_unet(), DDPMScheduler()), []
+    labels = torch.arange(1000) % 10
+    images = labels.view(-1, 1, 1, 1) / 10 + torch.zeros(1000, 1, 8, 8)
+    denoiser.encode = lambda images: seen.append(images) or images
     assert math.isfinite(held_out_loss_gap(denoiser, images, labels, 3, seed=0))
+    counts = torch.bincount((10 * seen[0][:, 0, 0, 0]).round().long(), minlength=10)
+    assert counts[3] == 50 == counts.sum() - 50 and counts.min() > 0
 
 
 class Pixels:

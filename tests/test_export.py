@@ -172,6 +172,9 @@ def test_exported_lora_is_plain(tmp_path):
         export_lora(first, first.parent)
     with pytest.raises(FolderError, match="would be replaced, and .* is in it"):
         merge("owner/name", first, first)
+    (tmp_path / "lora.safetensors").write_text("a file")
+    with pytest.raises(FolderError, match="lora.safetensors: exists and is not a folder"):
+        export_lora(first, tmp_path / "lora.safetensors", overwrite=True)
     with pytest.raises(FolderError, match="base: exists and is not empty"):
         DDPMPipeline(tiny_unet(), DDPMScheduler()).save_pretrained(tmp_path / "base")
         export_lora(first, tmp_path / "base")

@@ -23,6 +23,7 @@ from vdu_peft import history as history_module
 from vdu_peft import replay as replay_module
 from vdu_peft import trainer as trainer_module
 from vdu_peft.adapter import AdapterError, attach, posterior_size, total_kl, variational_layers
+from vdu_peft.atomic_folder import FolderError
 from vdu_peft.batch import BatchSource
 from vdu_peft.config import ConfigError
 from vdu_peft.demo import base_denoiser
@@ -252,6 +253,25 @@ def test_a_run_that_breaks_off_leaves_the_model_as_it_was(pipeline_folder, forge
     assert all(p.requires_grad for p in denoiser.model.parameters()) and denoiser.model.training
     assert_same(denoiser.model.state_dict(), before)
     unlearn(denoiser, forget, FAST)
+    # A run that is refused for what the model carries leaves it that.
+    carried = [name for name, module in denoiser.model.named_modules() if isinstance(module, LoraLayer)]
+    with pytest.raises(ConfigError, match="carries an adapter already"):
+        unlearn(denoiser, forget, FAST)
+    assert carried == [name for name, module in denoiser.model.named_modules() if isinstance(module, LoraLayer)]
+
+
+def test_what_was_learned_is_kept_where_it_cannot_be_written(pipeline_folder, forget, monkeypatch, tmp_path):
+    """The disk is full after the last step: it can be saved elsewhere still."""
+
+    def full(*args, **options):
+        raise FolderError("no space left")
+
+    monkeypatch.setattr(trainer_module, "save_run", full)
+    denoiser = Denoiser.from_pretrained(pipeline_folder)
+    with pytest.raises(FolderError):
+        unlearn(denoiser, forget, LEARNS, output_dir=tmp_path)
+    learned = [layer.lora_B["default"].weight.norm() for _, layer in variational_layers(denoiser.model)]
+    assert learned and min(learned) > 0
 
 
 def test_a_class_s_own_wrapped_forward_stays_as_it_is(two_kinds):
@@ -665,11 +685,9 @@ def test_what_looks_like_the_forget_images_is_drawn_by_the_network_alone(pipelin
         lambda d, *_, **__: training.append(any(m.training for m in d.model.modules())) or Strength(1.0, 40, 0, 0.025),
     )
     denoiser = Denoiser.from_pretrained(pipeline_folder)
-    base = [*denoiser.model.train().modules()]
-    unlearn(denoiser, forget, LEARNS, VDUConfig.for_model(denoiser.model, lora_dropout=0.1))
-    dropouts = [m for name, m in denoiser.model.named_modules() if ".lora_dropout." in name]
-    assert training == [False, False] and dropouts and not any(m.training for m in dropouts)
-    assert all(module.training for module in base)
+    denoiser.model.train()
+    result = unlearn(denoiser, forget, LEARNS, VDUConfig.for_model(denoiser.model, lora_dropout=0.1))
+    assert training == [False, False] and all(m.training for m in result.model.modules())
 
 
 def test_strength_is_not_looked_for_where_it_would_say_nothing(pipeline_folder, forget):

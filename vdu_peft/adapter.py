@@ -30,7 +30,7 @@ def attach(model: nn.Module, config: VDUConfig, adapter_name: str = "default") -
             name is part of a module's, or the model has an adapter already.
     """
     _check_bare(model, adapter_name)
-    passed_by, training = layers_passed_by(model), model.training
+    passed_by = layers_passed_by(model)
     with undone_on_error(model):
         try:
             peft_model = get_peft_model(model, config, adapter_name=adapter_name)
@@ -40,7 +40,7 @@ def attach(model: nn.Module, config: VDUConfig, adapter_name: str = "default") -
                     raise ValueError(f"{name} is never called, torch's attention reads its weights; leave it out")
         except ValueError as error:
             raise ConfigError(f"target_modules: {error}") from error
-    return _in_mode(peft_model, training)
+    return in_base_mode(peft_model)
 
 
 def refuse_adapted(model: nn.Module) -> None:
@@ -55,8 +55,9 @@ def refuse_adapted(model: nn.Module) -> None:
         )
 
 
-def _in_mode(peft_model: PeftModel, training: bool) -> PeftModel:
-    """The adapter in its base's mode: PEFT makes it to be trained, and its dropout would drop in what is drawn."""
+def in_base_mode(peft_model: PeftModel) -> PeftModel:
+    """The adapters in their base's mode: PEFT makes them to be trained, and their dropout would drop in samples."""
+    training = peft_model.get_base_model().training
     peft_model.training = peft_model.base_model.training = training
     for module in peft_model.modules():
         if isinstance(module, LoraLayer):
@@ -163,7 +164,10 @@ def check_replaceable(folder: str | Path) -> None:
         FolderError: it holds something else, which would be deleted.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder / CONFIG_NAME).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    # One of another name than "default" has a folder of its own there.
+    if not [*folder.glob(CONFIG_NAME), *folder.glob(f"*/{CONFIG_NAME}")]:
         raise FolderError(f"{folder}: holds something else than an adapter, and would be replaced; choose another")
 
 
@@ -176,7 +180,6 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "defa
     """
     config = VDUConfig.from_pretrained(folder)
     tensors = read_adapter_weights(folder)
-    training = model.training
     if not isinstance(model, PeftModel):
         _check_bare(model, adapter_name)
         with undone_on_error(model):
@@ -204,7 +207,7 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "defa
                 raise AdapterError(f"{folder}: {other}: {error}") from error
             raise
     set_peft_model_state_dict(peft_model, tensors, adapter_name=adapter_name)
-    return _in_mode(peft_model, training)
+    return in_base_mode(peft_model)
 
 
 def _take_off(peft_model: PeftModel, adapter_name: str) -> None:

@@ -27,6 +27,8 @@ def check_output(folder: str | Path, inputs: Iterable[str | Path], overwrite: bo
     for read in inputs:
         if Path(read).exists() and Path(read).resolve().is_relative_to(folder.resolve()):
             raise FolderError(f"{folder}: would be replaced, and {read} is in it; choose another output_dir")
+    if folder.exists() and not folder.is_dir():
+        raise FolderError(f"{folder}: exists and is not a folder; choose another output_dir")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise FolderError(f"{folder}: exists and is not empty; choose another output_dir, or overwrite it")
 
@@ -78,4 +80,4 @@ def _replace(folder: Path, fresh: Path) -> None:
             raise FolderError(f"{folder}: cannot be replaced ({error}); what was there before is {old}") from error
         aside.rmdir()
         raise
-    shutil.rmtree(aside)
+    shutil.rmtree(aside, ignore_errors=True)  # the new one is in its place, whatever becomes of this

@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 from datasets.exceptions import DatasetsError
 
-from vdu_peft.adapter import AdapterError, describe, load_adapter
+from vdu_peft.adapter import AdapterError, check_replaceable, describe, load_adapter
 from vdu_peft.atomic_folder import FolderError, check_output
 from vdu_peft.cli_draw import run_evaluate, run_sample
 from vdu_peft.cli_unlearn import run_demo_command, run_unlearn
@@ -85,6 +85,7 @@ def _publish(args: argparse.Namespace, repository: str) -> None:
 
 def _compose(args: argparse.Namespace) -> int:
     check_output(args.output_dir, [args.model, *args.adapter], args.overwrite)
+    check_replaceable(args.output_dir)
     network, name = open_network(args.model)
     discarded = compose(network, args.adapter, args.output_dir, args.rank, name, args.overwrite)
     worst = max(discarded, key=discarded.get)

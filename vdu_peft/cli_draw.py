@@ -221,7 +221,7 @@ def _evaluate_prompts(args: argparse.Namespace) -> int:
         if len(images) < MIN_FID_IMAGES:
             raise ConfigError(f"reference: {len(images)} images are too few for a distance; give {MIN_FID_IMAGES}")
         reference, _ = judge.judge(images)
-        asked = asks(prompts, target)
+        asked = asks(prompts, target)  # with a reference there is a judge, and with that a target
         for kind, count in (("target", int(asked.sum())), ("other", int((~asked).sum()))):
             if 0 < count < MIN_FID_IMAGES:
                 logger.warning(

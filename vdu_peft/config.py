@@ -24,7 +24,6 @@ JOINT_PROJECTIONS = ["add_k_proj", "add_q_proj", "add_v_proj", "to_add_out"]
 # with its adapter off, would then have, too. So do PEFT's variants, by whatever name.
 _INCOMPATIBLE = (
     "fan_in_fan_out",
-    "use_bdlora",
     "use_qalora",
     "lora_bias",
     "target_parameters",
@@ -134,6 +133,8 @@ class VDUConfig(LoraConfig):
             raise ConfigError(f"{file}: not valid JSON ({error})") from error
         if not isinstance(stored, dict) or "prior_scale" not in stored:
             raise ConfigError(f"{file}: not a VDU adapter (no prior_scale); load it with peft as a plain LoRA")
+        if stored.get("init_lora_weights") in (False, "orthogonal"):  # a start that is past, and left the base alone
+            stored["init_lora_weights"] = True
         names = {f.name for f in dataclasses.fields(cls) if f.init}
         try:
             # A null is an option's default, which of some is no None.

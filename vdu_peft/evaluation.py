@@ -213,11 +213,13 @@ def held_out_loss_gap(
 ) -> float:
     """:func:`~vdu_peft.metrics.loss_gap` of a model on held-out images (N, C, H, W) in [-1, 1].
 
-    At LOSS_TIMESTEPS evenly spaced timesteps, on at most LOSS_IMAGES images of the class and as many of the others,
-    spread over the set; the same noise for the same seed, so that two models' gaps differ by the models alone.
+    At LOSS_TIMESTEPS evenly spaced timesteps, on at most LOSS_IMAGES images of the class and as many of the others, at
+    random: in what order they lie is no matter. The same images and noise for the same seed, so that two models' gaps
+    differ by the models alone.
     """
+    generator = torch.Generator().manual_seed(seed)
     kinds = [kind.nonzero().flatten() for kind in (labels == forget_class, labels != forget_class)]
-    rows = torch.cat([kind[:: max(1, -(-len(kind) // LOSS_IMAGES))] for kind in kinds])
+    rows = torch.cat([kind[torch.randperm(len(kind), generator=generator)[:LOSS_IMAGES]] for kind in kinds])
     images, labels = denoiser.encode(images[rows]), labels[rows]
     timesteps = [int((i + 0.5) / LOSS_TIMESTEPS * denoiser.num_train_timesteps) for i in range(LOSS_TIMESTEPS)]
     losses = image_losses(denoiser, images, timesteps, seed, labels if denoiser.num_classes else None).mean(1)

@@ -92,11 +92,15 @@ def stored_sampler(scheduler_folder: Path | None) -> tuple[type[DiffusionPipelin
     return kind and scheduler and (kind, scheduler.from_config(config))
 
 
-def stored_dtype(folder: Path) -> torch.dtype:
-    """What the weights are on disk, before they were loaded as something else."""
-    # A folder may hold variants beside what is loaded, as ``diffusion_pytorch_model.fp16.safetensors``.
-    files = sorted(folder.glob("*.safetensors"), key=lambda file: (file.name.count("."), file.name))
-    with safe_open(files[0], framework="pt") as stored:
+def stored_dtype(folder: Path, variant: str | None = None) -> torch.dtype:
+    """What the weights are on disk, before they were loaded as something else; of a variant where it is there."""
+
+    def order(file: Path) -> tuple:
+        # Beside what is loaded may lie other variants (``model.fp16.safetensors``), and adapters.
+        strange = not file.name.startswith(("diffusion_pytorch_model", "model"))
+        return strange, bool(variant) and f".{variant}" not in file.name, file.name.count("."), file.name
+
+    with safe_open(min(folder.glob("*.safetensors"), key=order), framework="pt") as stored:
         dtypes = (stored.get_tensor(name).dtype for name in stored.keys())  # noqa: SIM118
         return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)  # some number places
 

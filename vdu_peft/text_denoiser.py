@@ -5,7 +5,7 @@ redirecting it to an anchor and retaining the rest is the very code that class-c
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -103,16 +103,16 @@ class TextDenoiser(Denoiser):
                 folder = _download(str(name_or_path))
             kind = pipeline_kind(folder)
             checker = {"safety_checker": None, "requires_safety_checker": False}
-            dtypes = torch_dtype
+            dtypes, variant = torch_dtype, _variant(folder.iterdir())
             if whole and kind in FAMILIES:
                 parts = {file.parent for file in folder.glob("*/*.safetensors")}
-                dtypes = {part.name: stored_dtype(part) for part in parts}
+                dtypes = {part.name: stored_dtype(part, variant) for part in parts}
                 dtypes |= {FAMILIES[kind].component: torch_dtype, "default": torch_dtype}
             pipeline = DiffusionPipeline.from_pretrained(
                 str(folder),
                 torch_dtype=dtypes,
                 use_safetensors=True,
-                variant=_variant(folder),
+                variant=variant,
                 **(checker if kind == "StableDiffusionPipeline" and not whole else {}),
             )
         except (OSError, ValueError, RuntimeError, AttributeError) as error:
@@ -120,7 +120,7 @@ class TextDenoiser(Denoiser):
             raise ModelError(message) from error
         denoiser = cls(pipeline, prompts, resolution)
         denoiser.name = folder.resolve().name if Path(name_or_path).is_dir() else str(name_or_path)
-        denoiser.stored_dtype = stored_dtype(folder / denoiser.component)
+        denoiser.stored_dtype = stored_dtype(folder / denoiser.component, variant)
         return denoiser
 
     def label(self, prompt: str) -> int:
@@ -209,9 +209,9 @@ def _download(repo_id: str) -> Path:
             raise error from None
 
 
-def _variant(folder: Path) -> str | None:
-    """``fp16`` if a component of the pipeline has no other weights, see the ``variant`` of diffusers."""
-    for component in folder.iterdir():
+def _variant(components: Iterable[Path]) -> str | None:
+    """``fp16`` if one of these folders has no other weights, see the ``variant`` of diffusers."""
+    for component in components:
         names = [file.name for file in component.glob("*.safetensors")]
         if names and all(".fp16" in name for name in names):
             return "fp16"
@@ -266,8 +266,8 @@ def open_denoiser(
 
 
 def open_network(name_or_path: str | Path) -> tuple[nn.Module, str]:
-    """(the network that is adapted, the model's name), without the rest of its pipeline and in the dtype it is kept in:
-    of a large model a small part of the memory that :func:`open_denoiser` takes.
+    """(the network that is adapted, the model's name): of a text-to-image pipeline it alone, in the dtype it is kept
+    in, which of a large one is a small part of what :func:`open_denoiser` takes.
 
     Raises:
         ModelError: as :func:`open_denoiser`.
@@ -281,11 +281,12 @@ def open_network(name_or_path: str | Path) -> tuple[nn.Module, str]:
         patterns = ["*.json", f"{component}/*.safetensors"]
         folder = Path(name_or_path) if local else Path(snapshot_download(str(name_or_path), allow_patterns=patterns))
         class_name = DiffusionPipeline.load_config(str(folder))[component][-1]
+        variant = _variant([folder / component])
         network = getattr(diffusers, class_name).from_pretrained(
             str(folder / component),
-            torch_dtype=stored_dtype(folder / component),
+            torch_dtype=stored_dtype(folder / component, variant),
             use_safetensors=True,
-            variant=_variant(folder),
+            variant=variant,
         )
     except (OSError, ValueError, RuntimeError, AttributeError, LookupError) as error:
         message = f"{name_or_path}: cannot be loaded as a text-to-image pipeline ({first_line(error)})"

@@ -127,8 +127,8 @@ class TextReport:
         """The report for a person to read."""
         width = max(map(len, self.figures))
         others = (~self.asked).sum()
-        title = f"{self.asked.sum()} images of {'target prompts' if others else 'prompts'}"
-        title += f", {others} of others" if others else ""
+        kind = "target prompts" if others or "UA" in self.figures else "prompts"
+        title = f"{self.asked.sum()} images of {kind}" + (f", {others} of others" if others else "")
         rows = [title, f"{'':<{width}}{'before':>10}{'after':>10}"]
         for name, (before, after) in self.figures.items():
             shown = "{:>10.2f}" if "FID" in name or "score" in name else "{:>10.1%}"

@@ -18,7 +18,9 @@ from vdu_peft.adapter import (
     attach,
     check_replaceable,
     detach,
+    in_base_mode,
     posterior_size,
+    refuse_adapted,
     total_kl,
     trainable_state,
     undone_on_error,
@@ -111,10 +113,11 @@ def unlearn(
 
     Raises:
         DataError, ConfigError, ModelError: bad input, before any heavy work.
-        UnlearnError: the loss is not finite; the last good adapter is kept in ``output_dir``. After any error the model
-            is without an adapter again.
+        UnlearnError: the loss is not finite; the last good adapter is kept in ``output_dir``. After an error up to the
+            last step the model is without an adapter again.
     """
     denoiser = as_denoiser(model)
+    refuse_adapted(denoiser.model)
     config = (config or UnlearnConfig()).filled(conditional=bool(denoiser.num_classes))
     forget = check_images(forget, denoiser.image_size, denoiser.channels, "forget images")
     classes = run_classes(denoiser, config, forget_labels, len(forget), anchor_labels, draws_replay=replay is None)
@@ -130,102 +133,104 @@ def unlearn(
         check_replaceable(output_dir / "adapter")
         output_dir.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written fails now, not after training
     bar_off = not accelerator.is_local_main_process
-    # However it ends, the caller's model can be used again; in the steps, too, the base computes as when it draws.
-    with undone_on_error(denoiser.model), _checkpointed(denoiser.model, config), evaluating(denoiser.model):
-        denoiser.model.to(accelerator.device).requires_grad_(False)
-        set_seed(config.seed)
-        # Once: what encodes is not needed again. A latent's mirror image is not its image's.
-        mirrored = denoiser.encode(forget.flip(-1)) if config.random_flip else None
-        images, forget = forget, denoiser.encode(forget)
-        peft_model = attach(denoiser.model, adapter or VDUConfig.for_model(denoiser.model))
-        history: list[dict[str, float]] = []
-        own: OwnAlike | None = None
-        varied = forget[:0]
-        parameters = {n: p for n, p in denoiser.model.named_parameters() if p.requires_grad}
-        num_posterior = posterior_size(denoiser.model)
-        optimizer = torch.optim.Adam(parameters.values(), lr=config.learning_rate)
-        options = run_options(
-            config,
-            peft_model.active_peft_config,
-            images,
-            torch.cat([classes.forget_labels[:, None], classes.anchors], dim=1) if classes else None,
-            given_replay,
-            replay_labels,
-            getattr(denoiser, "prompts", None),
-            denoiser.guidance_scale,
-            batch_shares(classes) | {"variation_noise": NOISE_SHARE},
-            accelerator.num_processes,
-            (p for p in denoiser.model.parameters() if not p.requires_grad),
-        )
-        if resume:  # before replay is drawn, which takes its time, and in which the adapter has no part
-            history = load_checkpoint(output_dir, parameters, optimizer, options)
-        if replay is None:
-            with adapter_scale(denoiser.model, 0), accelerator.autocast():
-                retained, title = classes.retained if classes else None, None if bar_off else "replay"
-                replay, replay_labels, own = own_replay(denoiser, forget, config, retained, title)
-        else:
-            replay = denoiser.encode(replay)
-        if classes is None and config.plasticity != "elbo":  # whose likelihood is of the given images
-            with adapter_scale(denoiser.model, 0), accelerator.autocast():
-                title = None if bar_off else "variations"
-                varied = denoiser.decode(variations(denoiser, forget, replay, config, title))
-            forget = torch.cat([forget, denoiser.encode(varied)])
-            if mirrored is not None:
-                mirrored = torch.cat([mirrored, denoiser.encode(varied.flip(-1))])
-        # Processes may round apart, but must draw from one range.
-        (shown_at,) = broadcast_object_list([forget_timesteps(config, denoiser, replay, conditional=bool(classes))])
-        source = BatchSource(
-            ImageDataset(forget, mirrored),
-            replay,
-            replay_labels,
-            classes,
-            config,
-            shown_at,
-            denoiser.num_train_timesteps,
-        )
-        facts = run_facts(
-            denoiser, len(images), len(varied), shown_at, peft_model.active_peft_config.r, classes, config
-        )
-        save = partial(save_run, peft_model, denoiser.name, output_dir, facts, history, accelerator)
-        if config.report_to and accelerator.is_main_process:
-            accelerator.init_trackers("unlearn", config={k: v for k, v in asdict(config).items() if v is not None})
-        bar = tqdm(total=config.max_train_steps, initial=len(history), desc="unlearn", disable=bar_off)
-        with bar, _prepared(accelerator, denoiser.model, optimizer) as (network, optimizer):
-            to_target = steps_to_target(history, config)
-            while (step := len(history)) < last_step(to_target, config.max_train_steps) and not collapsed(history):
-                # Every step has its own seed, so that a resumed run draws what the uninterrupted one would have.
-                set_seed((config.seed * 1_000_003 + step) % 2**32)
-                for group in optimizer.param_groups:
-                    group["lr"] = config.learning_rate * lr_factor(step, config.max_train_steps, to_target)
-                terms = _gradient(denoiser, network, source, config, num_posterior, accelerator)
-                record = {name: accelerator.reduce(value, "mean").item() for name, value in terms.items()}
-                grad_norm = accelerator.clip_grad_norm_(parameters.values(), config.max_grad_norm)
-                # With a gradient scaler an infinite norm is ordinary: it skips the step and lowers the scale.
-                finite_gradient = accelerator.scaler is not None or torch.isfinite(torch.as_tensor(grad_norm)).item()
-                if not (finite_gradient and torch.isfinite(torch.tensor(list(record.values()))).all()):
-                    where = save(run_status(history, config) if history else None)
-                    # Before the first step the adapter is the model itself.
-                    mend = "Lower learning_rate" if history else "Look whether the model draws images as it is"
-                    raise UnlearnError(
-                        f"step {step + 1}: the loss or its gradient is not finite ({record}); {where}. "
-                        f"{mend}, or use mixed_precision no"
+    # In the steps, too, the base computes as when it draws.
+    with _checkpointed(denoiser.model, config), evaluating(denoiser.model):
+        with undone_on_error(denoiser.model):  # the caller's can be used again; what was learned whole is kept
+            denoiser.model.to(accelerator.device).requires_grad_(False)
+            set_seed(config.seed)
+            # Once: what encodes is not needed again. A latent's mirror image is not its image's.
+            mirrored = denoiser.encode(forget.flip(-1)) if config.random_flip else None
+            images, forget = forget, denoiser.encode(forget)
+            peft_model = attach(denoiser.model, adapter or VDUConfig.for_model(denoiser.model))
+            history: list[dict[str, float]] = []
+            own: OwnAlike | None = None
+            varied = forget[:0]
+            parameters = {n: p for n, p in denoiser.model.named_parameters() if p.requires_grad}
+            num_posterior = posterior_size(denoiser.model)
+            optimizer = torch.optim.Adam(parameters.values(), lr=config.learning_rate)
+            options = run_options(
+                config,
+                peft_model.active_peft_config,
+                images,
+                torch.cat([classes.forget_labels[:, None], classes.anchors], dim=1) if classes else None,
+                given_replay,
+                replay_labels,
+                getattr(denoiser, "prompts", None),
+                denoiser.guidance_scale,
+                batch_shares(classes) | {"variation_noise": NOISE_SHARE},
+                accelerator.num_processes,
+                (p for p in denoiser.model.parameters() if not p.requires_grad),
+            )
+            if resume:  # before replay is drawn, which takes its time, and in which the adapter has no part
+                history = load_checkpoint(output_dir, parameters, optimizer, options)
+            if replay is None:
+                with adapter_scale(denoiser.model, 0), accelerator.autocast():
+                    retained, title = classes.retained if classes else None, None if bar_off else "replay"
+                    replay, replay_labels, own = own_replay(denoiser, forget, config, retained, title)
+            else:
+                replay = denoiser.encode(replay)
+            if classes is None and config.plasticity != "elbo":  # whose likelihood is of the given images
+                with adapter_scale(denoiser.model, 0), accelerator.autocast():
+                    title = None if bar_off else "variations"
+                    varied = denoiser.decode(variations(denoiser, forget, replay, config, title))
+                forget = torch.cat([forget, denoiser.encode(varied)])
+                if mirrored is not None:
+                    mirrored = torch.cat([mirrored, denoiser.encode(varied.flip(-1))])
+            # Processes may round apart, but must draw from one range.
+            (shown_at,) = broadcast_object_list([forget_timesteps(config, denoiser, replay, conditional=bool(classes))])
+            source = BatchSource(
+                ImageDataset(forget, mirrored),
+                replay,
+                replay_labels,
+                classes,
+                config,
+                shown_at,
+                denoiser.num_train_timesteps,
+            )
+            facts = run_facts(
+                denoiser, len(images), len(varied), shown_at, peft_model.active_peft_config.r, classes, config
+            )
+            save = partial(save_run, peft_model, denoiser.name, output_dir, facts, history, accelerator)
+            if config.report_to and accelerator.is_main_process:
+                accelerator.init_trackers("unlearn", config={k: v for k, v in asdict(config).items() if v is not None})
+            bar = tqdm(total=config.max_train_steps, initial=len(history), desc="unlearn", disable=bar_off)
+            with bar, _prepared(accelerator, denoiser.model, optimizer) as (network, optimizer):
+                to_target = steps_to_target(history, config)
+                while (step := len(history)) < last_step(to_target, config.max_train_steps) and not collapsed(history):
+                    # Every step has its own seed, so that a resumed run draws what the uninterrupted one would have.
+                    set_seed((config.seed * 1_000_003 + step) % 2**32)
+                    for group in optimizer.param_groups:
+                        group["lr"] = config.learning_rate * lr_factor(step, config.max_train_steps, to_target)
+                    terms = _gradient(denoiser, network, source, config, num_posterior, accelerator)
+                    record = {name: accelerator.reduce(value, "mean").item() for name, value in terms.items()}
+                    grad_norm = accelerator.clip_grad_norm_(parameters.values(), config.max_grad_norm)
+                    # With a gradient scaler an infinite norm is ordinary: it skips the step and lowers the scale.
+                    finite_gradient = (
+                        accelerator.scaler is not None or torch.isfinite(torch.as_tensor(grad_norm)).item()
                     )
-                optimizer.step()
-                optimizer.zero_grad()
-                history.append(record)
-                if to_target is None and target_holds(history, config):
-                    to_target = len(history)
-                bar.update()
-                bar.set_postfix({name: f"{value:.3g}" for name, value in record.items()})
-                if config.report_to:
-                    accelerator.log(record, step=step + 1)
-                if callback:
-                    callback(step + 1, record)
-                if config.checkpointing_steps and len(history) % config.checkpointing_steps == 0 and output_dir:
-                    if accelerator.is_main_process:
-                        save_checkpoint(output_dir, parameters, optimizer, history, options)
-                    accelerator.wait_for_everyone()
-
+                    if not (finite_gradient and torch.isfinite(torch.tensor(list(record.values()))).all()):
+                        where = save(run_status(history, config) if history else None)
+                        # Before the first step the adapter is the model itself.
+                        mend = "Lower learning_rate" if history else "Look whether the model draws images as it is"
+                        raise UnlearnError(
+                            f"step {step + 1}: the loss or its gradient is not finite ({record}); {where}. "
+                            f"{mend}, or use mixed_precision no"
+                        )
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    history.append(record)
+                    if to_target is None and target_holds(history, config):
+                        to_target = len(history)
+                    bar.update()
+                    bar.set_postfix({name: f"{value:.3g}" for name, value in record.items()})
+                    if config.report_to:
+                        accelerator.log(record, step=step + 1)
+                    if callback:
+                        callback(step + 1, record)
+                    if config.checkpointing_steps and len(history) % config.checkpointing_steps == 0 and output_dir:
+                        if accelerator.is_main_process:
+                            save_checkpoint(output_dir, parameters, optimizer, history, options)
+                        accelerator.wait_for_everyone()
         status, strength = run_status(history, config), None
         save(status)  # before it is looked what it leaves: an interrupt there loses nothing of the run
         if own is not None and status not in FAILED:
@@ -245,16 +250,17 @@ def unlearn(
             save(status, strength)
         if config.report_to:
             accelerator.end_training()  # takes processes apart, after which they cannot wait for each other
-        return UnlearnResult(
-            peft_model,
-            denoiser,
-            history,
-            status,
-            len(replay),
-            varied,
-            sum(p.numel() for p in parameters.values()),
-            strength,
-        )
+    in_base_mode(peft_model)
+    return UnlearnResult(
+        peft_model,
+        denoiser,
+        history,
+        status,
+        len(replay),
+        varied,
+        sum(p.numel() for p in parameters.values()),
+        strength,
+    )
 
 
 def _gradient(
@@ -300,6 +306,7 @@ def check_run(
     if resume:
         check_resumable(output_dir, config)
     denoiser.check_inference_steps(config.replay_inference_steps, "replay_inference_steps")
+    check_replaceable(output_dir / "adapter")
     _accelerator(config, output_dir, denoiser.dtype)
     make_trainable_as_before = trainable_state(denoiser.model)
     with _checkpointed(denoiser.model, config):
@@ -357,7 +364,7 @@ def _checkpointed(model: torch.nn.Module, config: UnlearnConfig):
     if not config.gradient_checkpointing or getattr(model, "is_gradient_checkpointing", False):
         yield
         return
-    if not getattr(model, "_supports_gradient_checkpointing", False):
+    if not hasattr(model, "enable_gradient_checkpointing"):
         raise ConfigError(f"gradient_checkpointing: a {type(model).__name__} has none; leave it out")
     model.enable_gradient_checkpointing()
     try:
