@@ -143,7 +143,7 @@ def save_adapter(peft_model: PeftModel, folder: str | Path, card: str | None = N
             something else than an adapter.
         AdapterError: the model was prepared for hot-swapping, which pads the factors and drops the deviations.
     """
-    check_replaceable(folder)
+    check_replaceable(folder, peft_model.peft_config)
     scalings = (s for module in peft_model.modules() if isinstance(module, LoraLayer) for s in module.scaling.values())
     if any(isinstance(scaling, torch.Tensor) for scaling in scalings):
         raise AdapterError(f"{folder}: the model is prepared for hot-swapping; save it before prepare_hotswap")
@@ -157,8 +157,11 @@ def save_adapter(peft_model: PeftModel, folder: str | Path, card: str | None = N
         (fresh / "README.md").write_text(card or model_card("adapter", "not named", {}), encoding="utf-8")
 
 
-def check_replaceable(folder: str | Path) -> None:
+def check_replaceable(folder: str | Path, names: Iterable[str] = ()) -> None:
     """Before a run: whether :func:`save_adapter` may put an adapter in this folder's place.
+
+    Args:
+        names: of the adapters, of which PEFT gives each but "default" a folder of its own there.
 
     Raises:
         FolderError: it holds something else, which would be deleted.
@@ -166,8 +169,7 @@ def check_replaceable(folder: str | Path) -> None:
     folder = Path(folder)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    # One of another name than "default" has a folder of its own there.
-    if not [*folder.glob(CONFIG_NAME), *folder.glob(f"*/{CONFIG_NAME}")]:
+    if not any((place / CONFIG_NAME).is_file() for place in (folder, *(folder / name for name in names))):
         raise FolderError(f"{folder}: holds something else than an adapter, and would be replaced; choose another")
 
 
