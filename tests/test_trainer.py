@@ -88,9 +88,9 @@ def test_the_kl_weighs_per_posterior_weight_however_many_images(pipeline_folder,
 
 @pytest.mark.parametrize("plasticity", ["hinge", "reciprocal", "elbo"])
 def test_the_forget_loss_rises(pipeline_folder, forget, plasticity):
-    config = replace(FAST, plasticity=plasticity, max_train_steps=60, learning_rate=5e-3, stability_weight=0.1)
+    config = replace(FAST, plasticity=plasticity, max_train_steps=25, learning_rate=2e-2, stability_weight=0.1)
     history = unlearn(pipeline_folder, forget, config).history
-    assert sum(h["forget_ratio"] for h in history[-10:]) > 1.2 * sum(h["forget_ratio"] for h in history[:10])
+    assert sum(h["forget_ratio"] for h in history[-5:]) > 1.2 * sum(h["forget_ratio"] for h in history[:5])
 
 
 def test_resume_gives_the_same_result(pipeline_folder, forget, tmp_path):
@@ -236,18 +236,17 @@ def test_gradient_checkpointing_is_refused_where_there_is_none(two_kinds):
         unlearn(denoiser, forget, replace(FAST, gradient_checkpointing=True), VDUConfig(target_modules=["odds"], r=1))
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
-def test_a_run_that_breaks_off_leaves_the_model_as_it_was(pipeline_folder, forget, error):
+def test_a_run_that_breaks_off_leaves_the_model_as_it_was(pipeline_folder, forget):
     """So that it can be tried again, in the same session."""
     denoiser = Denoiser.from_pretrained(pipeline_folder)
     before = {name: p.clone() for name, p in denoiser.model.state_dict().items()}
 
     def fail(step, terms):
-        raise error
+        raise torch.OutOfMemoryError
 
     config = replace(FAST, gradient_checkpointing=True, mixed_precision="bf16")
     denoiser.model.train()
-    with pytest.raises(error):
+    with pytest.raises(torch.OutOfMemoryError):
         unlearn(denoiser, forget, config, callback=fail)
     assert not denoiser.model.is_gradient_checkpointing and "forward" not in vars(denoiser.model)
     assert all(p.requires_grad for p in denoiser.model.parameters()) and denoiser.model.training
@@ -269,7 +268,7 @@ def test_what_was_learned_is_kept_where_it_cannot_be_written(pipeline_folder, fo
     monkeypatch.setattr(trainer_module, "save_run", full)
     denoiser = Denoiser.from_pretrained(pipeline_folder)
     with pytest.raises(FolderError):
-        unlearn(denoiser, forget, LEARNS, output_dir=tmp_path)
+        unlearn(denoiser, forget, replace(FAST, max_train_steps=2), output_dir=tmp_path)
     learned = [layer.lora_B["default"].weight.norm() for _, layer in variational_layers(denoiser.model)]
     assert learned and min(learned) > 0
 
@@ -377,19 +376,20 @@ def test_a_run_settles_and_stops_once_its_target_holds(pipeline_folder, forget, 
     assert collapsed([{"stability": 1.1}] * 20) and not collapsed([{"stability": 1.1}] * 19)
     # However near the target is: where nothing was learned it does not hold.
     assert first_held({"plasticity": 1 - 1 / 1.02}, forget_target=1.02) is None
-    # Here it holds from the start: over the first 20 steps. A fifth of 30 is left to settle in.
+    # Here it holds from the start: over the first 4 steps. A fifth of 20 is left to settle in.
     monkeypatch.setattr(history_module, "TARGET_TOLERANCE", 2.0)
-    config = replace(FAST, learning_rate=1e-6, max_train_steps=30, train_batch_size=2)
+    monkeypatch.setattr(history_module, "WINDOW", 4)
+    config = replace(FAST, learning_rate=1e-6, max_train_steps=20, train_batch_size=2)
     result = unlearn(pipeline_folder, forget, config, output_dir=tmp_path)
-    assert len(result.history) == 26
+    assert len(result.history) == 8
     longer = unlearn(pipeline_folder, forget, replace(config, early_stopping=False)).history
-    # The same until the target held, 20 steps, and in the first of those that settle, whose rate is the same still.
-    assert len(longer) == 30 and longer[:21] == result.history[:21] and longer[22] != result.history[22]
+    # The same until the target held, 4 steps, and in the first of those that settle, whose rate is the same still.
+    assert len(longer) == 20 and longer[:5] == result.history[:5] and longer[6] != result.history[6]
     # Cut off while it settles, a run ends as it would have.
     interrupted = {"output_dir": tmp_path / "interrupted"}
 
     def interrupt(step, _):
-        if step == 23:
+        if step == 6:
             raise KeyboardInterrupt
 
     config = replace(config, checkpointing_steps=1)
@@ -620,7 +620,7 @@ def test_the_redirection_falls_where_classes_differ(forget):
     denoiser = conditional_denoiser()
     denoiser.model.class_embedding.weight.data.mul_(5)  # a trained model's classes are further apart than random ones
     config = replace(CONDITIONAL, anchor_class=2, null_class=None, forget_target=1.01, stability_weight=0)
-    history = unlearn(denoiser, forget, replace(config, max_train_steps=80, learning_rate=1e-2)).history
+    history = unlearn(denoiser, forget, replace(config, max_train_steps=40, learning_rate=2e-2)).history
     assert sum(h["redirect"] for h in history[-5:]) < 0.7 * sum(h["redirect"] for h in history[:5])
 
 
@@ -691,14 +691,14 @@ def test_what_looks_like_the_forget_images_is_drawn_by_the_network_alone(pipelin
 
 
 def test_strength_is_not_looked_for_where_it_would_say_nothing(pipeline_folder, forget):
-    classes = {"forget_class": 1, "null_class": 3}
+    learns, classes = replace(LEARNS, max_train_steps=8), {"forget_class": 1, "null_class": 3}
     for result in (
-        unlearn(pipeline_folder, forget, LEARNS, replay=torch.zeros(8, 1, 8, 8)),
-        unlearn(pipeline_folder, forget[:1], LEARNS),
-        unlearn(conditional_denoiser(), forget, replace(LEARNS, **classes)),
+        unlearn(pipeline_folder, forget, learns, replay=torch.zeros(8, 1, 8, 8)),
+        unlearn(pipeline_folder, forget[:1], learns),
+        unlearn(conditional_denoiser(), forget, replace(learns, **classes)),
     ):
         assert not result.failed and result.strength is None
-    failed = unlearn(pipeline_folder, forget, replace(LEARNS, learning_rate=1e-9))
+    failed = unlearn(pipeline_folder, forget, replace(FAST, learning_rate=1e-9))
     assert failed.failed and failed.strength is None
 
 
