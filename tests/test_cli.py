@@ -163,6 +163,9 @@ def test_a_concept_of_a_text_to_image_model(tmp_path, pictures, pipeline_folder,
     assert main(["inspect", f"--model={tmp_path / 'cut'}", f"--adapter={adapters[0]}"]) == 0
     compose = ["compose", f"--model={tmp_path / 'cut'}", "--adapter", *adapters]
     assert main([*compose, f"--output_dir={tmp_path / 'both'}"]) == 0
+    shutil.copytree(tmp_path / "cut", tmp_path / "empty", ignore=shutil.ignore_patterns("diffusion_*.safetensors"))
+    assert main(["inspect", f"--model={tmp_path / 'empty'}", f"--adapter={adapters[0]}"]) == 2
+    assert "pipeline (no .safetensors file in unet)" in capsys.readouterr().err
     # Nor can the model be written over.
     assert main([*compose, f"--output_dir={tmp_path / 'cut'}", "--overwrite"]) == 2
     assert "cut: would be replaced, and " in capsys.readouterr().err and (tmp_path / "cut" / "unet").is_dir()

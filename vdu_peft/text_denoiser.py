@@ -281,6 +281,8 @@ def open_network(name_or_path: str | Path) -> tuple[nn.Module, str]:
         patterns = ["*.json", f"{component}/*.safetensors"]
         folder = Path(name_or_path) if local else Path(snapshot_download(str(name_or_path), allow_patterns=patterns))
         class_name = DiffusionPipeline.load_config(str(folder))[component][-1]
+        if not any((folder / component).glob("*.safetensors")):
+            raise OSError(f"no .safetensors file in {component}")
         variant = _variant([folder / component])
         network = getattr(diffusers, class_name).from_pretrained(
             str(folder / component),
