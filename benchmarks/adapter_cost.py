@@ -66,7 +66,7 @@ def measure(repeats: int) -> dict:
         denoiser.model = unmerged
         prepare_hotswap(unmerged, max_rank=4)
         swaps = [seconds(lambda i=i: hotswap(unmerged, adapters[i % 2])) for i in range(1, repeats + 1)]
-        runs = [seconds(lambda: denoiser.sample(BATCH_SIZE, seed=0)) for _ in range(3)]
+        runs = [seconds(lambda: denoiser.sample(BATCH_SIZE, seed=0)) for _ in range(min(3, repeats))]
     medians = {name: median(values) for name, values in times.items()}
     return {
         "batch_size": BATCH_SIZE,
