@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from peft import PeftModel
 
 from vdu_peft import Denoiser, TextDenoiser, export_lora, merge
+from vdu_peft.atomic_folder import check_output
 from vdu_peft.text_denoiser import open_denoiser
 
 
@@ -37,8 +38,7 @@ def release(args: argparse.Namespace) -> tuple[Denoiser, Denoiser]:
     """Write both, and load both back: (the merged model, the base with the plain LoRA)."""
     if args.num_images < 1:
         raise ValueError(f"num_images must be at least 1, not {args.num_images}")
-    if args.output_dir.is_dir() and any(args.output_dir.iterdir()) and not args.overwrite:
-        raise ValueError(f"{args.output_dir}: is not empty; choose another output_dir or pass --overwrite")
+    check_output(args.output_dir, [], args.overwrite)
     base = open_denoiser(args.model, [args.prompt or ""])
     is_text = isinstance(base, TextDenoiser)
     if args.prompt is not None and not is_text:

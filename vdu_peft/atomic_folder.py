@@ -14,7 +14,7 @@ class FolderError(ValueError):
 
 
 def check_output(folder: str | Path, inputs: Iterable[str | Path], overwrite: bool) -> None:
-    """Before any work whose result is put in the folder's place.
+    """Before any work whose result goes into the folder or takes its place.
 
     Args:
         inputs: what is read for it.
@@ -30,7 +30,9 @@ def check_output(folder: str | Path, inputs: Iterable[str | Path], overwrite: bo
     if folder.exists() and not folder.is_dir():
         raise FolderError(f"{folder}: exists and is not a folder; choose another output_dir")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise FolderError(f"{folder}: exists and is not empty; choose another output_dir, or overwrite it")
+        raise FolderError(
+            f"{folder}: exists and is not empty; choose another output_dir or pass --overwrite (overwrite=True)"
+        )
 
 
 @contextmanager

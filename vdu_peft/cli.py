@@ -84,6 +84,7 @@ def _publish(args: argparse.Namespace, repository: str) -> None:
 
 
 def _compose(args: argparse.Namespace) -> int:
+    # Before the network is read or fetched; it, too, must stay.
     check_output(args.output_dir, [args.model, *args.adapter], args.overwrite)
     check_replaceable(args.output_dir)
     network, name = open_network(args.model)

@@ -9,6 +9,7 @@ import typing
 from collections.abc import Sequence
 from pathlib import Path
 
+from vdu_peft.atomic_folder import check_output
 from vdu_peft.config import ConfigError, UnlearnConfig, VDUConfig
 from vdu_peft.data import ImageSource
 from vdu_peft.denoiser import best_device
@@ -221,15 +222,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     args = _with_config_file(parser, commands, argv)
     if hasattr(args, "overwrite") and not getattr(args, "resume_from_checkpoint", None):
-        _check_output_dir(args.output_dir, args.overwrite)
+        check_output(args.output_dir, [], args.overwrite)
     return args
-
-
-def _check_output_dir(folder: Path, overwrite: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder}: exists and is not a folder; choose another output_dir")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise ConfigError(f"{folder}: exists and is not empty; choose another output_dir or pass --overwrite")
 
 
 def _with_config_file(

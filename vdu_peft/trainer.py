@@ -2,18 +2,17 @@
 
 import copy
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, set_seed
 from peft import PeftModel
 from tqdm.auto import tqdm
 
+from vdu_peft.acceleration import checkpointed, prepared, run_accelerator
 from vdu_peft.adapter import (
     attach,
     check_replaceable,
@@ -35,8 +34,6 @@ from vdu_peft.denoiser import Denoiser, as_denoiser
 from vdu_peft.history import COLLAPSE, FAILED, collapsed, recent, run_status, steps_to_target, target_holds
 from vdu_peft.learning_rate import last_step, lr_factor
 from vdu_peft.pixels import check_images
-from vdu_peft.precision import check_precision
-from vdu_peft.processes import check_processes
 from vdu_peft.replay import OwnAlike, own_replay
 from vdu_peft.run_folder import run_facts, save_run
 from vdu_peft.strength import Strength, calibrate, scale_delta
@@ -128,13 +125,13 @@ def unlearn(
         check_resumable(output_dir, config)
     if replay is None:
         denoiser.check_inference_steps(config.replay_inference_steps, "replay_inference_steps")
-    accelerator = _accelerator(config, output_dir, denoiser.dtype)
+    accelerator = run_accelerator(config, output_dir, denoiser.dtype)
     if output_dir is not None:
         check_replaceable(output_dir / "adapter")
         output_dir.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written fails now, not after training
     bar_off = not accelerator.is_local_main_process
     # In the steps, too, the base computes as when it draws.
-    with _checkpointed(denoiser.model, config), evaluating(denoiser.model):
+    with checkpointed(denoiser.model, config), evaluating(denoiser.model):
         with undone_on_error(denoiser.model):  # the caller's can be used again; what was learned whole is kept
             denoiser.model.to(accelerator.device).requires_grad_(False)
             set_seed(config.seed)
@@ -194,7 +191,7 @@ def unlearn(
             if config.report_to and accelerator.is_main_process:
                 accelerator.init_trackers("unlearn", config={k: v for k, v in asdict(config).items() if v is not None})
             bar = tqdm(total=config.max_train_steps, initial=len(history), desc="unlearn", disable=bar_off)
-            with bar, _prepared(accelerator, denoiser.model, optimizer) as (network, optimizer):
+            with bar, prepared(accelerator, denoiser.model, optimizer) as (network, optimizer):
                 to_target = steps_to_target(history, config)
                 while (step := len(history)) < last_step(to_target, config.max_train_steps) and not collapsed(history):
                     # Every step has its own seed, so that a resumed run draws what the uninterrupted one would have.
@@ -307,36 +304,12 @@ def check_run(
         check_resumable(output_dir, config)
     denoiser.check_inference_steps(config.replay_inference_steps, "replay_inference_steps")
     check_replaceable(output_dir / "adapter")
-    _accelerator(config, output_dir, denoiser.dtype)
+    run_accelerator(config, output_dir, denoiser.dtype)
     make_trainable_as_before = trainable_state(denoiser.model)
-    with _checkpointed(denoiser.model, config):
+    with checkpointed(denoiser.model, config):
         attach(denoiser.model, copy.deepcopy(adapter))  # PEFT writes into the config
     detach(denoiser.model)
     make_trainable_as_before()
-
-
-def _accelerator(config: UnlearnConfig, output_dir: Path | None, dtype: torch.dtype) -> Accelerator:
-    """The run's Accelerator, for frozen weights of ``dtype``.
-
-    Raises:
-        ConfigError: a precision that the machine has not, a tracker that is not there, or processes that are not
-            joined.
-    """
-    # accelerate keeps one precision per process and refuses another: a second run may well want one.
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
-        AcceleratorState._reset_state()
-    try:
-        accelerator = Accelerator(
-            mixed_precision=config.mixed_precision, log_with=config.report_to, project_dir=output_dir
-        )
-    except ValueError as error:
-        name = "report_to" if "logging" in str(error) else "mixed_precision"
-        raise ConfigError(f"{name} {getattr(config, name)}: {error}") from error
-    check_processes(accelerator)
-    check_precision(config, accelerator.device, dtype)
-    if config.report_to and not accelerator.log_with:  # accelerate leaves out a tracker that is not installed
-        raise ConfigError(f"report_to {config.report_to}: its package is not installed; install it, or leave it out")
-    return accelerator
 
 
 def _check_replay(
@@ -352,36 +325,3 @@ def _check_replay(
     if replay_labels is not None:
         check_labels(replay_labels, len(replay), denoiser.num_classes, "replay")
     return replay
-
-
-@contextmanager
-def _checkpointed(model: torch.nn.Module, config: UnlearnConfig):
-    """Gradient checkpointing while the run lasts, where it is asked for.
-
-    Raises:
-        ConfigError: the model has none.
-    """
-    if not config.gradient_checkpointing or getattr(model, "is_gradient_checkpointing", False):
-        yield
-        return
-    if not hasattr(model, "enable_gradient_checkpointing"):
-        raise ConfigError(f"gradient_checkpointing: a {type(model).__name__} has none; leave it out")
-    model.enable_gradient_checkpointing()
-    try:
-        yield
-    finally:
-        model.disable_gradient_checkpointing()
-
-
-@contextmanager
-def _prepared(accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
-    """accelerate's wrapped (model, optimizer); what it puts on the caller's model comes off however the run ends."""
-    # Not by unwrap_model, which takes decorators of the class's own forward with it.
-    put_on = ("forward", "_original_forward", "_is_accelerate_prepared")
-    before = {name: vars(model)[name] for name in put_on if name in vars(model)}
-    try:
-        yield accelerator.prepare(model, optimizer)
-    finally:
-        for name in put_on:
-            vars(model).pop(name, None)
-        vars(model).update(before)
