@@ -102,6 +102,7 @@ ALLOWED = {
     "cli_unlearn": {
         "classes",
         "config",
+        "contexts",
         "demo",
         "denoiser",
         "evaluation",
@@ -109,6 +110,7 @@ ALLOWED = {
         "pictures",
         "precision",
         "prompts",
+        "replay",
         "text_denoiser",
         "trainer",
     },

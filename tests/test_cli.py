@@ -18,15 +18,18 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from vdu_peft import demo, trainer
+from vdu_peft import demo, replay, trainer
 from vdu_peft import options as command_line
 from vdu_peft.adapter import load_adapter
 from vdu_peft.cli import main
+from vdu_peft.contexts import adapter_scale
 from vdu_peft.demo import assets
 from vdu_peft.denoiser import Denoiser
 from vdu_peft.evaluation import Report
 from vdu_peft.judge import AttributeJudge
+from vdu_peft.pictures import labelled_grids
 from vdu_peft.strength import Strength
+from vdu_peft.text_denoiser import open_denoiser
 
 FAST = ["--max_train_steps=3", "--train_batch_size=4", "--replay_size=8", "--replay_inference_steps=2"]
 
@@ -63,8 +66,28 @@ def test_what_is_left_in_the_end_is_told(unlearn_command, monkeypatch, capsys, r
     assert ("a smaller stability_weight or more images forget more" in shown) == mend
 
 
-def test_from_a_folder_of_pictures_to_a_merged_pipeline(pipeline_folder, unlearn_command, tmp_path, capsys):
+def samples_panels(denoiser, adapter, labels):
+    """What a run's samples.png shows, by hand: of each kind the same noise with the adapter off and on."""
+    load_adapter(denoiser.model, adapter)
+    panels = {}
+    for kind, each in labels.items():
+        for title, scale in (("adapter off", 0), ("adapter on", 1)):
+            with adapter_scale(denoiser.model, scale):
+                drawn = denoiser.sample(8, seed=0, num_inference_steps=2, class_labels=each)
+            panels[f"{kind}, {title}"] = drawn
+    return panels
+
+
+def test_from_a_folder_of_pictures_to_a_merged_pipeline(
+    pipeline_folder, unlearn_command, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(replay, "quick_precision", lambda _: "no")
     main(unlearn_command)
+    panels = samples_panels(Denoiser.from_pretrained(pipeline_folder), tmp_path / "out" / "adapter", {"any": None})
+    assert (panels["any, adapter off"] - panels["any, adapter on"]).abs().max() > 0.1
+    picture, shown = labelled_grids(panels, columns=2), Image.open(tmp_path / "out" / "samples.png")
+    # To its left is what looks like the forget images, if anything does.
+    np.testing.assert_array_equal(np.asarray(shown)[:, -picture.width :], np.asarray(picture))
     shown = capsys.readouterr().out
     assert "after 3 steps" in shown and "92 variations of the forget images" in shown
     assert Image.open(tmp_path / "out" / "loss.png").width == 4 * 300
@@ -128,7 +151,8 @@ def test_forgetting_is_measured_by_the_forget_images_alone(
     assert (tmp_path / "report" / "grid.png").is_file()
 
 
-def test_a_concept_of_a_text_to_image_model(tmp_path, pictures, pipeline_folder, capsys):
+def test_a_concept_of_a_text_to_image_model(tmp_path, pictures, pipeline_folder, capsys, monkeypatch):
+    monkeypatch.setattr(replay, "quick_precision", lambda _: "no")
     tiny_text_pipeline(tmp_path / "tokens").save_pretrained(tmp_path / "sd")
     (tmp_path / "retain.txt").write_text("a cat\na dog\n")
     model, out = f"--model={tmp_path / 'sd'}", tmp_path / "out"
@@ -170,6 +194,10 @@ def test_a_concept_of_a_text_to_image_model(tmp_path, pictures, pipeline_folder,
     assert main([*compose, f"--output_dir={tmp_path / 'cut'}", "--overwrite"]) == 2
     assert "cut: would be replaced, and " in capsys.readouterr().err and (tmp_path / "cut" / "unet").is_dir()
     assert Image.open(out / "loss.png").width == 5 * 300  # a panel for the redirection, too
+    denoiser = open_denoiser(tmp_path / "sd", ["a sword", "a hand", "", "a cat", "a dog"])
+    labels = {"forgotten": [0], "retained": [denoiser.label(p) for p in ("a hand", "a cat", "a dog", "")]}
+    picture = labelled_grids(samples_panels(denoiser, out / "adapter", labels), columns=2)
+    np.testing.assert_array_equal(np.asarray(Image.open(out / "samples.png")), np.asarray(picture))
     assert main([*command, "--overwrite", "--forget_prompt=", retain]) in (0, 1)
     assert "redirect" not in json.loads((out / "history.json").read_text())[0]
     assert "| forgotten | '' |" in (out / "adapter" / "README.md").read_text()
@@ -508,7 +536,7 @@ import torch
 base, adapter, merged, out = sys.argv[1:]
 images = {}
 for name, folder in (("adapter", base), ("merged", merged)):
-    pipeline = DDPMPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline = DDPMPipeline.from_pretrained(folder, dtype=torch.float32)
     unet = PeftModel.from_pretrained(pipeline.unet, adapter).get_base_model() if name == "adapter" else pipeline.unet
     pipeline = DDIMPipeline(unet, pipeline.scheduler)
     generators = [torch.Generator().manual_seed(3 * 1_000_003 + i) for i in range(2)]

@@ -654,6 +654,7 @@ def test_a_run_scales_what_it_learned_by_what_it_drew(pipeline_folder, forget, t
     (_, given, samples, *_), (_, scores, seeds, _), options = calls
     assert len(scores) == len(seeds) == len(samples)
     assert options["tolerance"] == 0.3 and result.strength.scale == 1.5
+    assert result.alike_seeds == find(*calls[1]).seeds
     moved = sum(record["stability"] for record in result.history) / 20  # at 1 the model counts as destroyed
     assert options["max_scale"] == pytest.approx(moved**-0.5)
     denoiser = Denoiser.from_pretrained(pipeline_folder)

@@ -255,7 +255,7 @@ def _nude_detector():
 
 def _drawing_denoiser(args: argparse.Namespace, prompts: list[str]) -> Denoiser:
     """The model as the options tell to draw with it."""
-    if args.dtype == "float16" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+    if args.dtype == "float16" and best_device().type == "cpu":
         raise ConfigError("dtype: float16 needs a GPU; use bfloat16 or float32")
     denoiser = open_denoiser(
         args.model,

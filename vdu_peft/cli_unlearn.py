@@ -11,17 +11,22 @@ from typing import TextIO
 import torch
 from accelerate import PartialState
 
-from vdu_peft.classes import run_classes
+from vdu_peft.classes import Classes, run_classes
 from vdu_peft.config import ConfigError, UnlearnConfig, VDUConfig
+from vdu_peft.contexts import adapter_scale
 from vdu_peft.demo import peak_memory_mib, run_demo
-from vdu_peft.denoiser import Denoiser, best_device
+from vdu_peft.denoiser import Denoiser, best_device, image_seeds, in_turn
 from vdu_peft.evaluation import check_evaluation, loss_plot
 from vdu_peft.options import ADAPTER_OPTIONS, forget_source
 from vdu_peft.pictures import labelled_grids
 from vdu_peft.precision import check_precision
 from vdu_peft.prompts import anchor_prompts, neutral_prompts, read_prompts
+from vdu_peft.replay import draw_replay
 from vdu_peft.text_denoiser import TextDenoiser, open_denoiser
-from vdu_peft.trainer import check_run, unlearn
+from vdu_peft.trainer import UnlearnResult, check_run, unlearn
+
+# Samples of each kind, in the picture of what a run did.
+SHOWN = 8
 
 
 def run_unlearn(args: argparse.Namespace) -> int:
@@ -59,8 +64,8 @@ def run_unlearn(args: argparse.Namespace) -> int:
     adapter = VDUConfig.for_model(denoiser.model, target_modules=args.target_modules, **adapter_options)
     size = " x ".join(map(str, forget.shape[1:]))
     print(f"{len(forget)} forget images of {size}; {args.model}")
+    classes = run_classes(denoiser, config, forget_labels, len(forget), anchor_labels)
     if args.dry_run:
-        run_classes(denoiser, config, forget_labels, len(forget), anchor_labels)
         check_run(denoiser, config, adapter, args.output_dir, resume=bool(args.resume_from_checkpoint))
         print("dry run: model, images and options are fine")
         return 0
@@ -74,11 +79,37 @@ def run_unlearn(args: argparse.Namespace) -> int:
         output_dir=args.output_dir,
         resume=bool(args.resume_from_checkpoint),
     )
+    code = _outcome(result, args.output_dir)
     if PartialState().is_main_process:
         _show_variations(forget, result.variations, args.output_dir / "variations.png")
         if find_spec("matplotlib"):  # of the extra eval, which a run does not need
             loss_plot(result.history, args.output_dir / "loss.png")
-    return _outcome(result, args.output_dir)
+        file = args.output_dir / "samples.png"
+        labelled_grids(_samples(result, classes, config), columns=2).save(file)
+        print(f"look at {file}: samples with the adapter off and on")
+    return code
+
+
+def _samples(result: UnlearnResult, classes: Classes | None, config: UnlearnConfig) -> dict[str, torch.Tensor]:
+    """What the model draws of each kind with the adapter off and on, from the same noise, by title.
+
+    Of an unconditional model one kind are its own samples that looked like the forget images, where there are any.
+    """
+    denoiser, seeds = result.denoiser, image_seeds(config.seed, SHOWN)
+    if classes is not None:
+        labels = {"forgotten": classes.forget_labels.unique().tolist(), "retained": classes.retained}
+        # Of many, from all over them.
+        kinds = {kind: (seeds, in_turn(each[:: -(-len(each) // SHOWN)], SHOWN)) for kind, each in labels.items()}
+    else:
+        kinds = {"forget-like": (result.alike_seeds[:SHOWN], None), "any": (seeds, None)}
+    panels = {}
+    for kind, (seeds, labels) in kinds.items():
+        for title, scale in ((f"{kind}, adapter off", 0), (f"{kind}, adapter on", 1)):
+            if seeds:
+                drawing = {"num_inference_steps": config.replay_inference_steps, "labels": labels, "progress": title}
+                with adapter_scale(denoiser.model, scale):
+                    panels[title] = denoiser.decode(draw_replay(denoiser, seeds, **drawing)).cpu()
+    return panels
 
 
 def _show_variations(forget: torch.Tensor, variations: torch.Tensor, file: Path) -> None:

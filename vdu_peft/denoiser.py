@@ -26,8 +26,9 @@ from vdu_peft.schedule import ModelError, NoiseSchedule
 
 
 def best_device() -> torch.device:
-    """A GPU where there is one (CUDA, then MPS)."""
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    """The accelerator that torch finds (CUDA, MPS, XPU and others), or the CPU."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
 
 
 def plain_attention_on_cpu(model: nn.Module) -> None:
@@ -90,7 +91,7 @@ class Denoiser:
         self.schedule = scheduler if isinstance(scheduler, NoiseSchedule) else NoiseSchedule(scheduler)
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, torch_dtype: torch.dtype = torch.float32) -> "Denoiser":
+    def from_pretrained(cls, name_or_path: str | Path, dtype: torch.dtype = torch.float32) -> "Denoiser":
         """Load a diffusers pipeline folder, a bare UNet folder, or a hub id; safetensors only.
 
         Raises:
@@ -111,7 +112,7 @@ class Denoiser:
         try:
             unet = UNet2DModel.from_pretrained(
                 str(unet_folder),  # it goes into the config, and from there into cards, where a Path is no plain YAML
-                torch_dtype=torch_dtype,
+                dtype=dtype,
                 use_safetensors=True,
                 low_cpu_mem_usage=False,
             )

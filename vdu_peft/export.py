@@ -82,7 +82,7 @@ def merge(
         del denoiser.model  # a model that just fits into memory does not fit twice
         if isinstance(denoiser, TextDenoiser):
             delattr(denoiser.pipeline, component)
-        denoiser.model = kind.from_pretrained(str(fresh / component), torch_dtype=kept, use_safetensors=True).eval()
+        denoiser.model = kind.from_pretrained(str(fresh / component), dtype=kept, use_safetensors=True).eval()
         if isinstance(denoiser, TextDenoiser):
             denoiser.pipeline.register_modules(**{component: denoiser.model})
         read = {name: _digest(tensor) for name, tensor in denoiser.model.state_dict().items()}

@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from vdu_peft.pixels import to_pixels
 
@@ -30,14 +30,15 @@ def labelled_grids(panels: dict[str, torch.Tensor], columns: int = 10, numbered:
     size = next(iter(panels.values())).shape[-2]
     scale = 2 if size <= 64 else 1
     grids = {title: image_grid(images, columns, scale).convert("RGB") for title, images in panels.items()}
-    margin, header, side = 12, 24, 28 if numbered else 0
+    margin, header, side, font = 12, 24, 28 if numbered else 0, ImageFont.load_default(14)
+    widths = {title: max(grid.width, round(font.getlength(title)) + 4) for title, grid in grids.items()}
     height = max(grid.height for grid in grids.values()) + header
-    sheet = Image.new("RGB", (sum(grid.width + margin for grid in grids.values()) - margin + side, height), "white")
+    sheet = Image.new("RGB", (sum(widths.values()) + margin * (len(grids) - 1) + side, height), "white")
     draw, left = ImageDraw.Draw(sheet), side
     for row in range((height - header) // (size * scale) if numbered else 0):
-        draw.text((2, header + row * size * scale), str(row * columns + 1), fill="black", font_size=14)
+        draw.text((2, header + row * size * scale), str(row * columns + 1), fill="black", font=font)
     for title, grid in grids.items():
-        draw.text((left + 2, 5), title, fill="black", font_size=14)
+        draw.text((left + 2, 5), title, fill="black", font=font)
         sheet.paste(grid, (left, header))
-        left += grid.width + margin
+        left += widths[title] + margin
     return sheet

@@ -83,7 +83,7 @@ class TextDenoiser(Denoiser):
         cls,
         name_or_path: str | Path,
         prompts: Sequence[str],
-        torch_dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype = torch.float32,
         whole: bool = False,
         resolution: int | None = None,
     ) -> "TextDenoiser":
@@ -103,14 +103,14 @@ class TextDenoiser(Denoiser):
                 folder = _download(str(name_or_path))
             kind = pipeline_kind(folder)
             checker = {"safety_checker": None, "requires_safety_checker": False}
-            dtypes, variant = torch_dtype, _variant(folder.iterdir())
+            dtypes, variant = dtype, _variant(folder.iterdir())
             if whole and kind in FAMILIES:
                 parts = {file.parent for file in folder.glob("*/*.safetensors")}
                 dtypes = {part.name: stored_dtype(part, variant) for part in parts}
-                dtypes |= {FAMILIES[kind].component: torch_dtype, "default": torch_dtype}
+                dtypes |= {FAMILIES[kind].component: dtype, "default": dtype}
             pipeline = DiffusionPipeline.from_pretrained(
                 str(folder),
-                torch_dtype=dtypes,
+                dtype=dtypes,
                 use_safetensors=True,
                 variant=variant,
                 **(checker if kind == "StableDiffusionPipeline" and not whole else {}),
@@ -233,7 +233,7 @@ def pipeline_kind(name_or_path: str | Path) -> str | None:
 def open_denoiser(
     name_or_path: str | Path,
     prompts: Sequence[str] = (),
-    torch_dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32,
     whole: bool = False,
     resolution: int | None = None,
     guidance_scale: float | None = None,
@@ -241,7 +241,7 @@ def open_denoiser(
     """A :class:`TextDenoiser` of a text-to-image pipeline, a plain :class:`Denoiser` of anything else.
 
     Args:
-        torch_dtype, whole, resolution: of a text-to-image pipeline, see :meth:`TextDenoiser.from_pretrained`.
+        dtype, whole, resolution: of a text-to-image pipeline, see :meth:`TextDenoiser.from_pretrained`.
         guidance_scale: what a text-to-image pipeline is sampled with; the stock pipeline's when None.
 
     Raises:
@@ -251,7 +251,7 @@ def open_denoiser(
         raise ModelError(f"guidance_scale must be a number from 0, not {guidance_scale}")
     kind = pipeline_kind(name_or_path)
     if kind in FAMILIES:
-        denoiser = TextDenoiser.from_pretrained(name_or_path, prompts, torch_dtype, whole, resolution)
+        denoiser = TextDenoiser.from_pretrained(name_or_path, prompts, dtype, whole, resolution)
         if guidance_scale is not None:
             denoiser.guidance_scale = guidance_scale
         return denoiser
@@ -286,7 +286,7 @@ def open_network(name_or_path: str | Path) -> tuple[nn.Module, str]:
         variant = _variant([folder / component])
         network = getattr(diffusers, class_name).from_pretrained(
             str(folder / component),
-            torch_dtype=stored_dtype(folder / component, variant),
+            dtype=stored_dtype(folder / component, variant),
             use_safetensors=True,
             variant=variant,
         )

@@ -61,6 +61,8 @@ class UnlearnResult:
         strength: what is left of the forget concept, and the scale that the delta was given for it, after all that
             ``history`` tells of; None where that is not looked for: of a model with a condition, of given replay, of a
             single forget image, of a failed run.
+        alike_seeds: that those of the pre-trained model's own samples were drawn from, with
+            ``config.replay_inference_steps``, that look like the forget images; none where that is not looked for.
     """
 
     model: PeftModel
@@ -71,6 +73,7 @@ class UnlearnResult:
     variations: torch.Tensor
     trained_parameters: int
     strength: Strength | None
+    alike_seeds: list[int]
 
     @property
     def failed(self) -> bool:
@@ -257,6 +260,7 @@ def unlearn(
         varied,
         sum(p.numel() for p in parameters.values()),
         strength,
+        own.seeds if own else [],
     )
 
 
