@@ -304,11 +304,19 @@ def test_a_run_writes_a_result_that_tells_itself(dolls, tmp_path, monkeypatch, c
         monkeypatch.setattr(text_run, name, value)
     monkeypatch.setitem(text_run.CONCEPTS, "sword", SWORD)
     options = {"max_train_steps": 2, "train_batch_size": 2, "replay_size": 32, "replay_inference_steps": 2}
-    monkeypatch.setitem(text_run.METHODS, "ours", (text_run.ours, options))
+    shown = []
+
+    def ours(task, **options):
+        shown.append(len(task.forget))
+        return text_run.ours(task, **options)
+
+    monkeypatch.setitem(text_run.METHODS, "ours", (ours, options))
+    monkeypatch.setitem(text_run.FEW, "ours", 2)
     threads = torch.get_num_threads()
     text_run.run("sword", "ours", 0, tmp_path / "results", tmp_path, threads, "abc")
     record = json.loads((tmp_path / "results" / "dolls" / "ours-sword-0.json").read_text())
     assert record["options"] == options and record["environment"]["commit"] == "abc"
+    assert [record["num_forget_images"]] == shown == [2]
     assert {*record["figures"]} == {"weapon=sword"} and "UA" in record["figures"]["weapon=sword"]
     assert (tmp_path / "results" / "dolls" / "ours-sword-0" / "grid.png").is_file()
     # Before: the base, asked for the anchor. By hand, from the images that it kept.

@@ -2,6 +2,7 @@
 
     python -m benchmarks.text.run
     python -m benchmarks.text.run --concepts sword vampire --methods ours uce --jobs 2 --dry_run
+    python -m benchmarks.text.run --concepts red-robe --methods ours-20-images ours-5-images
 
 Every run writes one result; those that have one are not run again.
 """
@@ -64,6 +65,8 @@ def ours(task: TextTask, variational: bool = True, **options) -> str:
 OURS = {"train_batch_size": 8, "max_train_steps": 300, "stability_weight": 16.0, "kl_weight": 0.0125}
 METHODS = {
     "ours": (ours, OURS),
+    "ours-20-images": (ours, OURS),
+    "ours-5-images": (ours, OURS),
     "ours-deterministic": (ours, {**OURS, "variational": False}),
     "esd-x": (esd, {"parameters": "x", "learning_rate": 3e-4, "steps": 200, "batch_size": 8, "guidance": 1.0}),
     "esd-u": (esd, {"parameters": "u", "learning_rate": 1e-4, "steps": 200, "batch_size": 8, "guidance": 1.0}),
@@ -77,7 +80,10 @@ METHODS = {
 # Counts up when a method's code comes to do something else under the same options. 2: losses on the network's own
 # prediction; negative MSE trains part of the text encoder; the KL of ours is weighed per posterior weight. 3: ours
 # learns the redirection on images of the anchor, too.
-REVISIONS = {"ours": 3, "ours-deterministic": 3, "esd-x": 2, "esd-u": 2, "spm": 2, "negative-mse": 2}
+REVISIONS = {"esd-x": 2, "esd-u": 2, "spm": 2, "negative-mse": 2}
+REVISIONS |= {method: 3 for method in METHODS if method.startswith("ours")}
+# Forget images of those that have fewer.
+FEW = {"ours-20-images": 20, "ours-5-images": 5}
 
 
 def spec_of(method: str) -> dict:
@@ -85,7 +91,7 @@ def spec_of(method: str) -> dict:
     return {
         "options": METHODS[method][1],
         "revision": REVISIONS.get(method),
-        "num_forget_images": NUM_FORGET,
+        "num_forget_images": FEW.get(method, NUM_FORGET),
         "num_retained_prompts": NUM_RETAINED_PROMPTS,
         "num_target_images": NUM_TARGET,
         "num_other_images": NUM_OTHERS,
@@ -98,7 +104,7 @@ def run(concept: str, method: str, seed: int, results: Path, folder: Path, threa
     dolls, forgotten = Dolls(folder), CONCEPTS[concept]
     prompts = dolls.evaluation_prompts(forgotten, NUM_TARGET, NUM_OTHERS)
     before = base_images(dolls, concept, prompts, seed, results)
-    task = make_task(dolls, forgotten, NUM_FORGET, NUM_RETAINED_PROMPTS, seed)
+    task = make_task(dolls, forgotten, FEW.get(method, NUM_FORGET), NUM_RETAINED_PROMPTS, seed)
     function, options = METHODS[method]
     set_seed(seed)
     start = time.process_time()
