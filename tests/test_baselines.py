@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import set_seed
 from diffusers import DDPMScheduler
 from torch import nn
 
@@ -16,6 +17,7 @@ from benchmarks.experiment import EXPERIMENTS, Relearning, read_experiment
 from benchmarks.methods import METHODS
 from benchmarks.relearning import relearn
 from benchmarks.task import Task
+from vdu_peft.adapter import attach
 from vdu_peft.config import UnlearnConfig, VDUConfig
 from vdu_peft.denoiser import Denoiser
 from vdu_peft.learning_rate import lr_factor
@@ -98,9 +100,24 @@ def test_every_baseline_of_an_experiment_forgets(task, method, retain):
 @pytest.mark.parametrize("label", sorted(label for label, e in ENTRIES.items() if e.method == "vdu_peft"))
 def test_every_run_of_ours_has_options_that_exist(label):
     options = dict(ENTRIES[label].options)
-    options.pop("oracle_filter", None)
+    for name in ("oracle_filter", "frozen_a"):
+        options.pop(name, None)
     VDUConfig(target_modules=["x"], **options.pop("adapter", {}))
     UnlearnConfig(**options)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_with_a_frozen_a_the_delta_stays_in_the_subspace_that_was_drawn(pipeline_folder, frozen):
+    denoiser, fresh = (Denoiser.from_pretrained(pipeline_folder) for _ in range(2))
+    before = denoiser.model.conv_in.weight.detach().clone()
+    task = Task(denoiser, torch.rand(8, 1, 8, 8), torch.rand(8, 1, 8, 8), max_train_steps=3, train_batch_size=4, seed=0)
+    METHODS["vdu_peft"](task, frozen_a=frozen, learning_rate=1e-2, replay_size=8, replay_inference_steps=2)
+    set_seed(0)
+    attach(fresh.model, VDUConfig.for_model(fresh.model))
+    lora_A = fresh.model.conv_in.lora_A["default"].weight.detach().flatten(1)
+    delta = (denoiser.model.conv_in.weight.detach() - before).flatten(1)
+    outside = (delta - delta @ torch.linalg.pinv(lora_A) @ lora_A).norm() / delta.norm()
+    assert outside < 1e-3 if frozen else outside > 1e-2  # float32 rounding of weights that the delta is added to
 
 
 def test_salun_leaves_what_is_not_salient(task):
