@@ -1,13 +1,18 @@
 """Variational layers on bases quantised by bitsandbytes and torchao; needs the extra ``quantised``."""
 
+import numpy as np
 import pytest
 import torch
+from conftest import tiny_text_pipeline
+from diffusers import FluxPipeline, FluxTransformer2DModel, TorchAoConfig
 from peft import get_peft_model
 from torch import nn
 
-from vdu_peft.adapter import attach, describe
+from vdu_peft.adapter import attach, describe, load_adapter
+from vdu_peft.cli import main
 from vdu_peft.config import VDUConfig
-from vdu_peft.contexts import posterior_noise
+from vdu_peft.contexts import adapter_scale, posterior_noise
+from vdu_peft.text_denoiser import open_denoiser
 
 bnb = pytest.importorskip("bitsandbytes", reason="the extra quantised is not installed")
 torchao_quantization = pytest.importorskip("torchao.quantization", reason="the extra quantised is not installed")
@@ -67,3 +72,31 @@ def test_a_quantised_base_is_not_merged_into(name):
     peft_model = get_peft_model(quantised(name), VDUConfig(target_modules=["0"]))
     with pytest.raises(ValueError, match="a quantised .* cannot be merged into; load the base unquantised"):
         peft_model.merge_and_unload()
+
+
+def test_a_quantised_pipeline_is_unlearned_and_its_adapter_serves_the_plain_one(tmp_path):
+    tiny_text_pipeline(tmp_path / "tokens", "flux").save_pretrained(tmp_path / "plain")
+    network = FluxTransformer2DModel.from_pretrained(
+        tmp_path / "plain",
+        subfolder="transformer",
+        quantization_config=TorchAoConfig(torchao_quantization.Int8WeightOnlyConfig()),
+        dtype=torch.bfloat16,
+    )
+    pipeline = FluxPipeline.from_pretrained(tmp_path / "plain", transformer=network, dtype=torch.bfloat16)
+    pipeline.save_pretrained(tmp_path / "quantised")
+    np.savez(tmp_path / "swords.npz", images=np.random.default_rng(0).integers(0, 255, (8, 16, 16, 3), np.uint8))
+    (tmp_path / "retain.txt").write_text("a cat\na dog\n")
+    data = [f"--forget_data={tmp_path / 'swords.npz'}", f"--retain_prompts={tmp_path / 'retain.txt'}"]
+    run = ["--resolution=16", "--max_train_steps=20", "--learning_rate=0.2", "--train_batch_size=4", "--replay_size=8"]
+    run += ["--replay_inference_steps=2", "--mixed_precision=bf16", f"--output_dir={tmp_path / 'out'}"]
+    main(["unlearn", f"--model={tmp_path / 'quantised'}", "--forget_prompt=a sword", *data, *run])
+    drawn = {}
+    for name in ("plain", "quantised"):
+        denoiser = open_denoiser(tmp_path / name, ["a sword"], torch.bfloat16, resolution=16)
+        peft_model = load_adapter(denoiser.model, tmp_path / "out" / "adapter")
+        for scale in (0, 1):
+            with adapter_scale(peft_model, scale):
+                drawn[name, scale] = denoiser.sample(8, seed=0, num_inference_steps=2, class_labels=[0])
+    moved = (drawn["plain", 1] - drawn["plain", 0]).abs().mean()
+    for scale in (0, 1):  # what eight bits a weight change is little beside what the adapter does
+        assert (drawn["quantised", scale] - drawn["plain", scale]).abs().mean() < 0.15 * moved
