@@ -98,7 +98,7 @@ ALLOWED = {
         "terms",
         "variations",
     },
-    "demo": {"config", "denoiser", "evaluation", "judge", "pixels", "trainer"},
+    "demo": {"config", "denoiser", "evaluation", "history", "judge", "pixels", "trainer"},
     "cli_unlearn": {
         "classes",
         "config",
@@ -106,6 +106,7 @@ ALLOWED = {
         "demo",
         "denoiser",
         "evaluation",
+        "history",
         "options",
         "pictures",
         "precision",

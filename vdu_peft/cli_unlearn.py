@@ -16,7 +16,8 @@ from vdu_peft.config import ConfigError, UnlearnConfig, VDUConfig
 from vdu_peft.contexts import adapter_scale
 from vdu_peft.demo import peak_memory_mib, run_demo
 from vdu_peft.denoiser import Denoiser, best_device, image_seeds, in_turn
-from vdu_peft.evaluation import check_evaluation, loss_plot
+from vdu_peft.evaluation import check_evaluation
+from vdu_peft.history import loss_plot
 from vdu_peft.options import ADAPTER_OPTIONS, forget_source
 from vdu_peft.pictures import labelled_grids
 from vdu_peft.precision import check_precision

@@ -12,7 +12,8 @@ import torch
 
 from vdu_peft.config import UnlearnConfig, VDUConfig
 from vdu_peft.denoiser import Denoiser, plain_attention_on_cpu
-from vdu_peft.evaluation import Report, evaluate, held_out_loss_gap, loss_plot
+from vdu_peft.evaluation import Report, evaluate, held_out_loss_gap
+from vdu_peft.history import loss_plot
 from vdu_peft.judge import Judge
 from vdu_peft.pixels import to_tensor
 from vdu_peft.trainer import UnlearnResult, check_run, unlearn

@@ -1,4 +1,4 @@
-"""Samples → judge → figures → Report, and their plots."""
+"""Samples → judge → figures → Report, and its plot."""
 
 import json
 import math
@@ -29,8 +29,6 @@ from vdu_peft.pictures import labelled_grids
 from vdu_peft.version import __version__
 
 LOSS_IMAGES, LOSS_TIMESTEPS = 50, 5
-# Steps over which the loss plot averages: single batches differ more than a term moves in many steps.
-SMOOTHED = 20
 # Of samples, for a Fréchet distance on the 64 features of a judge.
 MIN_SAMPLES = 100
 # More are not shown side by side.
@@ -241,19 +239,4 @@ def histogram_plot(report: Report, file: Path) -> None:
     if report.class_names:
         axes.tick_params("x", rotation=90)
     figure.legend(loc="outside upper center", ncols=2)  # over the axes, where it hides no bar
-    figure.savefig(file, dpi=100)
-
-
-def loss_plot(history: list[dict[str, float]], file: Path) -> None:
-    """Every term of the loss over the steps, one panel each: each batch's own, and the mean of the last SMOOTHED."""
-    from matplotlib.figure import Figure
-
-    names = [name for name in ("plasticity", "redirect", "stability", "forget_ratio", "kl") if name in history[0]]
-    figure = Figure(figsize=(3 * len(names), 3), layout="constrained")
-    steps, last = np.arange(1, len(history) + 1), min(SMOOTHED, len(history))
-    for axes, name in zip(figure.subplots(1, len(names)), names, strict=True):
-        values = [record[name] for record in history]
-        axes.plot(steps, values, color="0.8")
-        axes.plot(steps[last - 1 :], np.convolve(values, np.full(last, 1 / last), "valid"))
-        axes.set(title="KL (nats)" if name == "kl" else name.replace("_", " "), xlabel="step")
     figure.savefig(file, dpi=100)

@@ -1,4 +1,8 @@
-"""What a run's history says: whether to go on, and how it ended."""
+"""What a run's history says: whether to go on, and how it ended; and its plot."""
+
+from pathlib import Path
+
+import numpy as np
 
 from vdu_peft.config import UnlearnConfig
 
@@ -67,3 +71,18 @@ def run_status(history: list[dict[str, float]], config: UnlearnConfig, remaining
         return "forgotten"
     # Half of the way to the target: where samples of the concept have gone in practice.
     return "forgotten" if ratio >= (1 + config.forget_target) / 2 or left <= 0.5 else "partly forgotten"
+
+
+def loss_plot(history: list[dict[str, float]], file: Path) -> None:
+    """Every term of the loss over the steps, one panel each: each batch's own, and the mean of the last WINDOW."""
+    from matplotlib.figure import Figure
+
+    names = [name for name in ("plasticity", "redirect", "stability", "forget_ratio", "kl") if name in history[0]]
+    figure = Figure(figsize=(3 * len(names), 3), layout="constrained")
+    steps, last = np.arange(1, len(history) + 1), min(WINDOW, len(history))
+    for axes, name in zip(figure.subplots(1, len(names)), names, strict=True):
+        values = [record[name] for record in history]
+        axes.plot(steps, values, color="0.8")
+        axes.plot(steps[last - 1 :], np.convolve(values, np.full(last, 1 / last), "valid"))
+        axes.set(title="KL (nats)" if name == "kl" else name.replace("_", " "), xlabel="step")
+    figure.savefig(file, dpi=100)
