@@ -38,7 +38,7 @@ def measure(base: Base, forget_class: int, own: torch.Tensor, data_dir: Path) ->
     def share(images: torch.Tensor) -> float:
         return (base.headline(base.as_judged(images)) == forget_class).double().mean().item()
 
-    config = UnlearnConfig().filled(conditional=False)
+    config = UnlearnConfig().filled(None)
     timesteps = denoiser.schedule.sampler(SAMPLE_STEPS, denoiser.device).timesteps.tolist()[::-EVERY]
     kept = {t: denoiser.vary(images, t, seed=0, num_inference_steps=SAMPLE_STEPS) for t in timesteps}
     return {

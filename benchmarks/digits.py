@@ -60,7 +60,7 @@ def setting_of(args: argparse.Namespace, name: str) -> Setting:
     """The demo's defaults, measured as the arguments tell."""
     threads = max(1, torch.get_num_threads() // args.jobs)
     config = UnlearnConfig(mixed_precision=quick_precision(best_device()))  # as the demo
-    config = config.filled(conditional=False)  # so that results and the cache's key tell what None stands for
+    config = config.filled(None)  # so that results and the cache's key tell what None stands for
     return Setting(args.results_dir / name, args.num_samples, SAMPLE_STEPS, config, code_version(), threads)
 
 

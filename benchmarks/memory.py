@@ -197,7 +197,7 @@ def step_bytes(released: Released, train_batch_size: int, gradient_checkpointing
         accelerator = Accelerator(mixed_precision="bf16", cpu=True)
         live.peak = live.now
         with posterior_noise(model):
-            terms = loss_terms(denoiser, model, batch, UnlearnConfig().filled(conditional=True), accelerator)
+            terms = loss_terms(denoiser, model, batch, UnlearnConfig().filled("text"), accelerator)
             loss = terms["plasticity"] + terms["redirect"] + terms["stability"] + total_kl(model)
             loss.backward()
         optimizer.step()

@@ -39,7 +39,7 @@ def vdu_peft(
     """
     config = UnlearnConfig(
         max_train_steps=task.max_train_steps, train_batch_size=task.train_batch_size, seed=task.seed, **options
-    ).filled(conditional=False)
+    ).filled(None)
     times: list[float] = []
     try:
         # No option of the package's: as an ablation it says what training A is for.

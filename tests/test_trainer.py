@@ -82,7 +82,7 @@ def test_the_kl_weighs_per_posterior_weight_however_many_images(pipeline_folder,
         result = unlearn(denoiser, images, config, replay=forget)
         means = [p for name, p in result.model.named_parameters() if "lora_B" in name]
         record = result.history[1]
-        terms = record["plasticity"] + config.filled(conditional=False).stability_weight * record["stability"]
+        terms = record["plasticity"] + config.filled(None).stability_weight * record["stability"]
         assert record["loss"] == pytest.approx(terms + 3.0 * record["kl"] / sum(p.numel() for p in means), rel=1e-5)
 
 
@@ -196,7 +196,7 @@ def test_a_step_goes_along_the_clipped_mean_of_its_batches_gradients(pipeline_fo
     denoiser = Denoiser.from_pretrained(pipeline_folder)
     adapter = VDUConfig.for_model(denoiser.model, variational=False)
     config = replace(FAST, max_train_steps=1, gradient_accumulation_steps=2, kl_weight=0.5, max_grad_norm=1e-3)
-    config = config.filled(conditional=False)
+    config = config.filled(None)
     unlearn(denoiser, forget, replace(config, learning_rate=1e-12), adapter)  # it stays at its start
     parameters = [p for p in denoiser.model.parameters() if p.requires_grad]
     for batch in drawn:
@@ -773,16 +773,19 @@ def test_a_tenth_of_the_replay_may_look_like_the_forget_images(alike, kept):
 
 
 def test_replay_sizes():
-    assert UnlearnConfig().filled(conditional=False).replay_size == 1024
-    assert UnlearnConfig().filled(conditional=True).replay_size == 256
-    assert UnlearnConfig(replay_size=8, replay_keep_quantile=0.5).filled(conditional=False).replay_size == 8
+    assert UnlearnConfig().filled(None).replay_size == 1024
+    assert UnlearnConfig().filled("class").replay_size == 256
+    assert UnlearnConfig(replay_size=8, replay_keep_quantile=0.5).filled(None).replay_size == 8
 
 
 def test_a_condition_decides_how_hard_the_forget_images_are_pushed_unless_that_is_asked_for():
-    pushes = [UnlearnConfig().filled(conditional=c) for c in (False, True)]
-    assert [(p.plasticity, p.stability_weight) for p in pushes] == [("reciprocal", 1.75), ("hinge", 1.0)]
-    asked = UnlearnConfig(plasticity="elbo", stability_weight=0.0)
-    assert all((p.plasticity, p.stability_weight) == ("elbo", 0.0) for p in map(asked.filled, (False, True)))
+    def push(config):
+        return config.plasticity, config.stability_weight, config.learning_rate
+
+    pushes = [push(UnlearnConfig().filled(condition)) for condition in (None, "class", "text")]
+    assert pushes == [("reciprocal", 1.75, 3e-3), ("hinge", 1.0, 3e-3), ("hinge", 16.0, 1e-4)]
+    asked = UnlearnConfig(plasticity="elbo", stability_weight=0.0, learning_rate=1e-2)
+    assert all(push(asked.filled(condition)) == ("elbo", 0.0, 1e-2) for condition in (None, "class", "text"))
 
 
 def test_classes_without_a_replay_image_are_told_of(caplog):
@@ -892,7 +895,7 @@ def test_what_looks_like_the_forget_images_is_not_held_under_a_condition(two_kin
 
     denoiser.model.__class__, denoiser.num_classes = Labelled, 2
     config = UnlearnConfig(replay_size=60, replay_inference_steps=20, replay_keep_quantile=quantile)
-    images, labels, alike = replay_module.own_replay(denoiser, forget, config.filled(conditional=True), [0, 1])
+    images, labels, alike = replay_module.own_replay(denoiser, forget, config.filled("class"), [0, 1])
     drawn_labels = torch.arange(60) % 2
     drawn = draw_replay(denoiser, replay_seeds(0, 60), num_inference_steps=20, labels=drawn_labels)
     likeness, scores = own_likeness(denoiser, forget, drawn, drawn_labels, 0)
@@ -924,7 +927,7 @@ def test_processes_draw_one_set_of_batches_and_posterior_noise_of_their_own(monk
         return {"plasticity": torch.zeros(()), "stability": torch.zeros(())}
 
     monkeypatch.setattr(trainer_module, "loss_terms", terms)
-    config = replace(FAST, gradient_accumulation_steps=3).filled(conditional=False)
+    config = replace(FAST, gradient_accumulation_steps=3).filled(None)
     for index in (0, 1):
         torch.manual_seed(7)
         trainer_module._gradient(denoiser, denoiser.model, Source(), config, 1, Joined(index))

@@ -18,7 +18,7 @@ def test_each_image_in_turn_becomes_others_of_its_kind(two_kinds):
     denoiser, firsts = two_kinds
     seconds = denoiser.model.images[1:] + (firsts[:1] - denoiser.model.images[:1])
     forget, replay = torch.cat([firsts[:1], seconds, firsts[1:2]]), torch.cat([firsts, seconds.expand(20, -1, -1, -1)])
-    config = replace(FAST, min_forget_images=43, replay_inference_steps=25).filled(conditional=False)
+    config = replace(FAST, min_forget_images=43, replay_inference_steps=25).filled(None)
     begun, vary = [], denoiser.vary
     denoiser.vary = lambda images, timestep, **told: begun.append(timestep) or vary(images, timestep, **told)
     varied = variations(denoiser, forget, replay, config)
@@ -43,7 +43,7 @@ def test_from_more_noise_an_image_becomes_either_kind(two_kinds):
 
 def test_where_the_replay_tells_no_range_nothing_is_varied(two_kinds):
     denoiser, firsts = two_kinds
-    config = FAST.filled(conditional=False)
+    config = FAST.filled(None)
     assert len(variations(denoiser, firsts, firsts[:1], config)) == 0
     assert len(variations(denoiser, firsts, torch.zeros(4, 1, 8, 8), config)) == 0
     assert len(variations(denoiser, firsts, torch.cat([firsts, -firsts]), config)) == 80
@@ -60,7 +60,7 @@ def test_a_short_schedule_and_given_replay_are_enough(two_kinds):
 def test_enough_images_are_not_varied(two_kinds):
     denoiser, firsts = two_kinds
     for enough in (0, 19, 20):
-        config = replace(FAST, min_forget_images=enough).filled(conditional=False)
+        config = replace(FAST, min_forget_images=enough).filled(None)
         assert variations(denoiser, firsts, firsts, config).shape == (0, 1, 8, 8)
 
 

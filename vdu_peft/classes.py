@@ -89,7 +89,7 @@ def run_classes(
     retained = [label for label in range(denoiser.num_classes) if label not in forgotten]
     if draws_replay and not retained:
         raise ConfigError("forget_class: there is no other class or prompt to retain; add one, or pass replay")
-    replay_size = config.filled(conditional=True).replay_size
+    replay_size = config.filled(denoiser.condition).replay_size
     if draws_replay and len(retained) > replay_size:
         raise ConfigError(f"replay_size: {replay_size} images cannot show all {len(retained)} classes to retain")
     if null in forgotten:

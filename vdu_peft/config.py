@@ -177,13 +177,16 @@ def exactly(names: list[str], model: nn.Module) -> list[str] | str:
 Plasticity = Literal["hinge", "reciprocal", "elbo"]
 Precision = Literal["no", "bf16", "fp16"]
 
-# What None stands for where nothing else is asked for.
-UNCONDITIONAL = {
-    "plasticity": "reciprocal",
-    "stability_weight": 1.75,
-    "replay_size": 1024,
+# What a model's prediction is conditioned on.
+Condition = Literal["class", "text"]
+# What None stands for where nothing else is asked for, by the condition. A text-to-image model is a large one, whose
+# attributes lie close together: the learning rate is that of diffusers' LoRA script.
+_REDIRECTED = {"plasticity": "hinge", "replay_size": 256, "replay_keep_quantile": 0.05}
+DEFAULTS: dict[Condition | None, dict[str, object]] = {
+    None: {"plasticity": "reciprocal", "stability_weight": 1.75, "learning_rate": 3e-3, "replay_size": 1024},
+    "class": {**_REDIRECTED, "stability_weight": 1.0, "learning_rate": 3e-3},
+    "text": {**_REDIRECTED, "stability_weight": 16.0, "learning_rate": 1e-4},
 }
-CONDITIONAL = {"plasticity": "hinge", "stability_weight": 1.0, "replay_size": 256, "replay_keep_quantile": 0.05}
 
 
 @dataclass(frozen=True)
@@ -202,7 +205,7 @@ class UnlearnConfig:
         forget_target: c of ``hinge`` and ``reciprocal``: raise the forget images' denoising loss to c times the
             original, and no further.
         stability_weight: weight of the function-space stability on self-generated replay. When None, 1.75 for an
-            unconditional model, 1 for one with a condition.
+            unconditional model, 1 for a class-conditional and 16 for a text-to-image one.
         kl_weight: weight of the KL (nats) per posterior weight: K is how many weights ``lora_B`` has. Not per element
             of the forget images, as beside a likelihood: bounded plasticity is a ratio, in no nats, and then 20 images,
             or small ones, would be held by a prior so much stronger that nothing is learned.
@@ -220,6 +223,7 @@ class UnlearnConfig:
         train_batch_size: forget images, and as many replay images, per process and step.
         max_train_steps: optimizer steps at most.
         learning_rate: of Adam at its peak, reached after a tenth of ``max_train_steps``; then it falls linearly to 0.
+            When None, 0.003, and 0.0001 for a text-to-image model.
         gradient_accumulation_steps: batches per optimizer step.
         max_grad_norm: gradient clipping.
         gradient_checkpointing: recompute activations in the backward pass.
@@ -259,7 +263,7 @@ class UnlearnConfig:
     null_class: int | None = None
     train_batch_size: int = 16
     max_train_steps: int = 350
-    learning_rate: float = 3e-3
+    learning_rate: float | None = None
     gradient_accumulation_steps: int = 1
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
@@ -286,8 +290,9 @@ class UnlearnConfig:
             )
         for name in ("learning_rate", "max_grad_norm"):
             # No clipping is a gradient norm of infinity.
-            if not 0 < getattr(self, name) < math.inf and (name, getattr(self, name)) != ("max_grad_norm", math.inf):
-                raise ConfigError(f"{name} must be a number greater than 0, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf and (name, value) != ("max_grad_norm", math.inf):
+                raise ConfigError(f"{name} must be a number greater than 0, not {value}")
         for name in ("stability_weight", "kl_weight", "min_forget_images", "checkpointing_steps"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be a number from 0, not {getattr(self, name)}")
@@ -318,10 +323,8 @@ class UnlearnConfig:
         if not 0 <= self.forget_tolerance <= 1:
             raise ConfigError(f"forget_tolerance must lie in [0, 1], not {self.forget_tolerance}")
 
-    def filled(self, conditional: bool) -> "UnlearnConfig":
-        """With the options that are None as they are for a model with a condition, or without one.
-
-        Not the timesteps', which the model's schedule decides.
+    def filled(self, condition: Condition | None) -> "UnlearnConfig":
+        """With the options that are None as they are for a model with this condition; not the timesteps', which the
+        model's schedule decides.
         """
-        defaults = CONDITIONAL if conditional else UNCONDITIONAL
-        return dataclasses.replace(self, **{n: v for n, v in defaults.items() if getattr(self, n) is None})
+        return dataclasses.replace(self, **{n: v for n, v in DEFAULTS[condition].items() if getattr(self, n) is None})

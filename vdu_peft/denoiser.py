@@ -7,6 +7,7 @@ sample prediction) or is a rectified flow's, and a user's own module that maps (
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from diffusers import (
@@ -138,6 +139,11 @@ class Denoiser:
     def dtype(self) -> torch.dtype:
         # Quantised weights are integers, which say nothing of what the network computes in.
         return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+
+    @property
+    def condition(self) -> Literal["class", "text"] | None:
+        """What the prediction is conditioned on."""
+        return "class" if self.num_classes else None
 
     @property
     def scheduler(self) -> SchedulerMixin:

@@ -36,6 +36,8 @@ class TextDenoiser(Denoiser):
             that the network cannot work at.
     """
 
+    condition = "text"
+
     def __init__(self, pipeline: DiffusionPipeline, prompts: Sequence[str], resolution: int | None = None):
         if type(pipeline).__name__ not in FAMILIES:
             known = ", ".join(FAMILIES)

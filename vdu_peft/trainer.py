@@ -118,7 +118,7 @@ def unlearn(
     """
     denoiser = as_denoiser(model)
     refuse_adapted(denoiser.model)
-    config = (config or UnlearnConfig()).filled(conditional=bool(denoiser.num_classes))
+    config = (config or UnlearnConfig()).filled(denoiser.condition)
     forget = check_images(forget, denoiser.image_size, denoiser.channels, "forget images")
     classes = run_classes(denoiser, config, forget_labels, len(forget), anchor_labels, draws_replay=replay is None)
     replay_labels = None if replay_labels is None else replay_labels.cpu()

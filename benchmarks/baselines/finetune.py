@@ -59,7 +59,7 @@ def retained(task: Task, source: str) -> torch.Tensor:
         return task.retain
     if source != "replay":
         raise ValueError(f"retain: {source!r} is neither replay nor real")
-    config = UnlearnConfig().filled(conditional=False)
+    config = UnlearnConfig().filled(None)
     seeds = replay_seeds(task.seed, config.replay_size)
     drawn = draw_replay(task.denoiser, seeds, num_inference_steps=config.replay_inference_steps)
     likeness, scores = own_likeness(task.denoiser, task.forget, drawn, None, task.seed)

@@ -46,9 +46,12 @@ NUM_TARGET, NUM_OTHERS, NUM_REFERENCE = 100, 150, 500
 ANCHOR_DISTANCE = "FID to real images of the anchor"
 
 
-def ours(task: TextTask, variational: bool = True, **options) -> str:
-    """This package, from the forget images and their captions; options of UnlearnConfig."""
-    config = UnlearnConfig(null_class=task.denoiser.null_label, seed=task.seed, **options)
+def ours(task: TextTask, variational: bool = True, learning_rate: float = 3e-3, **options) -> str:
+    """This package, from the forget images and their captions; options of UnlearnConfig.
+
+    The network is a small one, for which its default learning rate is too low.
+    """
+    config = UnlearnConfig(null_class=task.denoiser.null_label, seed=task.seed, learning_rate=learning_rate, **options)
     labels = {"forget_labels": task.labels(task.captions), "anchor_labels": task.labels(task.anchors)}
     adapter = VDUConfig.for_model(task.denoiser.model, variational=variational)
     try:
