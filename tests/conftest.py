@@ -35,9 +35,13 @@ from vdu_peft.adapter import attach, save_adapter, variational_layers
 from vdu_peft.config import VDUConfig
 from vdu_peft.denoiser import Denoiser
 
-# Every worker of pytest-xdist has its share of the cores, and so have the processes that its tests start.
-THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+# Every worker of pytest-xdist has its share of the cores, and so have the processes that its tests start; where it can,
+# as its own: Linux at times keeps two busy processes on one core and leaves another idle.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+THREADS = max(1, (os.cpu_count() or 1) // WORKERS)
 os.environ["OMP_NUM_THREADS"] = str(THREADS)
+if hasattr(os, "sched_setaffinity") and len(cores := sorted(os.sched_getaffinity(0))) >= WORKERS > 1:
+    os.sched_setaffinity(0, cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) :: WORKERS])
 torch.set_num_threads(THREADS)
 # Of the images of each of TwoKinds.
 SPREAD = 0.1
