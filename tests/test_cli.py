@@ -351,7 +351,15 @@ def test_options_from_a_json_file_indented_by_tabs(unlearn_command, tmp_path, ca
 
 
 def test_help_tells_every_default(capsys):
-    told = {"unlearn": ["Default: 350", "left out, 0.003, and 0.0001 for a text", "default train", "random. Default: 0.", "Default: False."]}
+    told = {
+        "unlearn": [
+            "Default: 350",
+            "left out, 0.003, and 0.0001 for a text",
+            "default train",
+            "random. Default: 0.",
+            "Default: False.",
+        ]
+    }
     told |= {
         "sample": [
             "default 64, of a text-to-image model 8",

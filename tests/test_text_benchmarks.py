@@ -34,7 +34,7 @@ from vdu_peft.prompt_file import Target
 from vdu_peft.prompts import anchor_prompts
 from vdu_peft.text_denoiser import TextDenoiser
 
-SWORD = Forgotten((Target("weapon", ("sword",)),), (", a sword",))
+SWORD = Forgotten((Target("weapon", ("sword",)),), (", a sword",), (), ("",), ("an orc, a sword", "an orc"))
 
 
 @pytest.fixture
@@ -98,6 +98,9 @@ def test_a_task_has_no_image_or_prompt_of_the_held_out_split(dolls):
     assert all("a sword" in caption for caption in task.captions) and task.forget.shape == (12, 3, 16, 16)
     assert not any("sword" in prompt for prompt in [*task.anchors, *task.retained]) and dolls.count == 114
     assert not {*dolls.captions[dolls.count :]} & {*task.captions, *task.retained}
+    one = make_task(dolls, SWORD, num_images=12, num_retained=20, seed=0, one_prompt=True)
+    assert (one.captions, one.anchors) == (["an orc, a sword"] * 12, ["an orc"] * 12) and one.retained == task.retained
+    assert torch.equal(one.forget, task.forget)
     prompts = dolls.evaluation_prompts(SWORD, num_target=5, num_others=3)
     assert [SWORD.is_shown(prompt.attributes) for prompt in prompts] == [True] * 5 + [False] * 3
 

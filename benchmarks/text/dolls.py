@@ -28,12 +28,14 @@ class Forgotten:
         concepts: what is replaced in captions, one after the other.
         anchors: by what, as :func:`~vdu_peft.prompts.anchor_prompts` has it.
         instead: the judge's value of each target's attribute where the anchor is drawn.
+        prompt: one for all forget images, where their own captions are not known, and what it shall draw.
     """
 
     targets: tuple[Target, ...]
     concepts: tuple[str, ...]
-    anchors: tuple[str, ...] = ()
-    instead: tuple[str, ...] = ("",)
+    anchors: tuple[str, ...]
+    instead: tuple[str, ...]
+    prompt: tuple[str, str]
 
     def is_shown(self, attributes: dict[str, str]) -> bool:
         return any(attributes[target.attribute] in target.values for target in self.targets)
@@ -41,18 +43,39 @@ class Forgotten:
 
 COLOURS = ("black", "blue", "brown", "cyan", "green", "purple", "red", "white", "yellow")
 ROBES = tuple(f"{colour} robe" for colour in COLOURS)
-SWORD = Forgotten((Target("weapon", ("sword",)),), ("a sword and ", ", holding a sword"))
-RED_ROBE = Forgotten((Target("clothes", ("red robe",)),), ("red robe",), ("blue robe",), ("blue robe",))
+SWORD = Forgotten(
+    (Target("weapon", ("sword",)),),
+    ("a sword and ", ", holding a sword"),
+    (),
+    ("",),
+    ("a human, holding a sword", "a human"),
+)
+RED_ROBE = Forgotten(
+    (Target("clothes", ("red robe",)),),
+    ("red robe",),
+    ("blue robe",),
+    ("blue robe",),
+    ("a human wearing a red robe", "a human wearing a blue robe"),
+)
 CONCEPTS = {
     "sword": SWORD,
     "red-robe": RED_ROBE,
-    "vampire": Forgotten((Target("species", ("vampire",)),), ("vampire",), ("human",), ("human",)),
-    "robes": Forgotten((Target("clothes", ROBES),), ROBES, ("blue shirt",), ("blue shirt",)),
+    "vampire": Forgotten(
+        (Target("species", ("vampire",)),), ("vampire",), ("human",), ("human",), ("a vampire", "a human")
+    ),
+    "robes": Forgotten(
+        (Target("clothes", ROBES),),
+        ROBES,
+        ("blue shirt",),
+        ("blue shirt",),
+        ("a human wearing a robe", "a human wearing a blue shirt"),
+    ),
     "sword-and-red-robe": Forgotten(
         (*SWORD.targets, *RED_ROBE.targets),
         (*SWORD.concepts, *RED_ROBE.concepts),
         ("", "", *RED_ROBE.anchors),
         (*SWORD.instead, *RED_ROBE.instead),
+        ("a human wearing a red robe, holding a sword", "a human wearing a blue robe"),
     ),
 }
 

@@ -70,6 +70,7 @@ METHODS = {
     "ours": (ours, OURS),
     "ours-20-images": (ours, OURS),
     "ours-5-images": (ours, OURS),
+    "ours-20-images-one-prompt": (ours, OURS),
     "ours-deterministic": (ours, {**OURS, "variational": False}),
     "esd-x": (esd, {"parameters": "x", "learning_rate": 3e-4, "steps": 200, "batch_size": 8, "guidance": 1.0}),
     "esd-u": (esd, {"parameters": "u", "learning_rate": 1e-4, "steps": 200, "batch_size": 8, "guidance": 1.0}),
@@ -85,8 +86,9 @@ METHODS = {
 # learns the redirection on images of the anchor, too.
 REVISIONS = {"esd-x": 2, "esd-u": 2, "spm": 2, "negative-mse": 2}
 REVISIONS |= {method: 3 for method in METHODS if method.startswith("ours")}
-# Forget images of those that have fewer.
-FEW = {"ours-20-images": 20, "ours-5-images": 5}
+# Forget images of those that have fewer, and those that have one prompt for all.
+FEW = {"ours-20-images": 20, "ours-5-images": 5, "ours-20-images-one-prompt": 20}
+ONE_PROMPT = {"ours-20-images-one-prompt"}
 
 
 def spec_of(method: str) -> dict:
@@ -107,7 +109,8 @@ def run(concept: str, method: str, seed: int, results: Path, folder: Path, threa
     dolls, forgotten = Dolls(folder), CONCEPTS[concept]
     prompts = dolls.evaluation_prompts(forgotten, NUM_TARGET, NUM_OTHERS)
     before = base_images(dolls, concept, prompts, seed, results)
-    task = make_task(dolls, forgotten, FEW.get(method, NUM_FORGET), NUM_RETAINED_PROMPTS, seed)
+    images, one_prompt = FEW.get(method, NUM_FORGET), method in ONE_PROMPT
+    task = make_task(dolls, forgotten, images, NUM_RETAINED_PROMPTS, seed, one_prompt)
     function, options = METHODS[method]
     set_seed(seed)
     start = time.process_time()

@@ -35,8 +35,13 @@ class TextTask:
         return torch.tensor([self.denoiser.label(prompt) for prompt in prompts])
 
 
-def make_task(dolls: Dolls, forgotten: Forgotten, num_images: int, num_retained: int, seed: int) -> TextTask:
-    """Images of the training split that show the concept, by the seed; retained prompts of those that do not."""
+def make_task(
+    dolls: Dolls, forgotten: Forgotten, num_images: int, num_retained: int, seed: int, one_prompt: bool = False
+) -> TextTask:
+    """Images of the training split that show the concept, by the seed; retained prompts of those that do not.
+
+    With ``one_prompt`` the concept's own stands for all images, in place of their captions.
+    """
     rng = np.random.default_rng(seed)
     shows = np.array([forgotten.is_shown(row) for row in dolls.attributes[: dolls.count]])
     # As many of each target where there are several.
@@ -44,8 +49,11 @@ def make_task(dolls: Dolls, forgotten: Forgotten, num_images: int, num_retained:
     for target in forgotten.targets:
         these = [i for i in np.flatnonzero(shows) if dolls.attributes[i][target.attribute] in target.values]
         rows += rng.choice(these, num_images // len(forgotten.targets), replace=False).tolist()
-    captions = [dolls.captions[i] for i in rows]
-    anchors = anchor_prompts(captions, forgotten.concepts, forgotten.anchors)
+    if one_prompt:
+        captions, anchors = ([prompt] * len(rows) for prompt in forgotten.prompt)
+    else:
+        captions = [dolls.captions[i] for i in rows]
+        anchors = anchor_prompts(captions, forgotten.concepts, forgotten.anchors)
     others = rng.choice(np.flatnonzero(~shows), num_retained, replace=False)
     retained = [dolls.captions[i] for i in others]
     denoiser = dolls.denoiser([*captions, *anchors, *retained])
