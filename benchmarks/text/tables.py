@@ -26,7 +26,8 @@ def text_section(records: list[dict]) -> list[str]:
         "## Concepts of a small text-to-image model",
         "",
         "`python -m benchmarks.text.run`, with `--methods`, `--concepts` and `--seeds` as the rows say: "
-        f"{first['num_forget_images']} forget images with captions, "
+        f"{max(record['num_forget_images'] for record in records)} forget images with captions where a method's name "
+        f"does not say otherwise, "
         f"{first['num_retained_prompts']} prompts to retain and no images of them; {first['num_target_images']} images "
         f"of held-out captions that ask for each target, several of a caption where there are fewer captions, and "
         f"{first['num_other_images']} of others; {first['sampler'].rsplit(',', 1)[0]}; "
