@@ -568,6 +568,8 @@ def test_demo_runs_whole_and_stock_libraries_draw_what_we_draw(tmp_path, capsys)
     report = json.loads((out / "report.json").read_text())
     assert report["num_samples"] == 100 and sum(report["histogram_after"]) == pytest.approx(1)
     assert report["trained_parameters"] <= 0.1 * report["model_parameters"]
+    # The run's own, whatever it was told: with what None stands for.
+    assert (report["config"]["learning_rate"], report["config"]["stability_weight"]) == (0.02, 1.75)
     assert report["adapter_bytes"] <= 1.5e6
     assert all((out / name).is_file() for name in ("grid.png", "loss.png", "histogram.png", "history.json"))
     assert "u-FID (judge features)" in capsys.readouterr().out

@@ -111,7 +111,7 @@ def run_demo(
         total_seconds=round(time.perf_counter() - start, 1),
         peak_memory_mib=round(peak_memory_mib()),
         sampler=f"DDIM, {num_inference_steps} steps, seed {config.seed + 1}",
-        config=asdict(config),
+        config=asdict(config.filled(denoiser.condition)),
         adapter={"r": adapter.r, "prior_scale": adapter.prior_scale, "init_scale": adapter.init_scale},
     )
     return result, report
