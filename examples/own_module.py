@@ -56,7 +56,7 @@ def main(argv=None) -> UnlearnResult:
     adapter = VDUConfig.for_model(denoiser.model)
     config = UnlearnConfig(max_train_steps=args.max_train_steps, replay_size=64)
     result = unlearn(denoiser, stripes(20, vertical=True), config, adapter, output_dir=args.output_dir)
-    print(f"{result.status}: forget ratio {result.history[-1]['forget_ratio']:.2f}")
+    print(f"{result.status}: {result.reached}")
     return result
 
 

@@ -17,7 +17,7 @@ from vdu_peft.contexts import adapter_scale
 from vdu_peft.demo import peak_memory_mib, run_demo
 from vdu_peft.denoiser import Denoiser, best_device, image_seeds, in_turn
 from vdu_peft.evaluation import check_evaluation
-from vdu_peft.history import loss_plot
+from vdu_peft.history import loss_plot, recent
 from vdu_peft.options import ADAPTER_OPTIONS, forget_source
 from vdu_peft.pictures import labelled_grids
 from vdu_peft.precision import check_precision
@@ -194,11 +194,10 @@ def _run_config(args: argparse.Namespace) -> tuple[UnlearnConfig, dict]:
 
 
 def _outcome(result, output_dir: Path) -> int:
-    last = result.history[-1]
     _say(
         f"{result.status} after {len(result.history)} steps; {result.trained_parameters:,} parameters trained, "
         f"{result.num_replay} replay images; "
-        f"forget ratio {last['forget_ratio']:.2f}, stability {last['stability']:.3f}; "
+        f"{result.reached}; stability {recent(result.history, 'stability'):.3f}; "
         f"adapter in {output_dir / 'adapter'}"
     )
     if result.strength is not None:

@@ -5,14 +5,14 @@ from pathlib import Path
 import numpy as np
 
 from vdu_peft.config import UnlearnConfig
+from vdu_peft.reached import Reached
 
 # Steps over which the noisy per-batch terms are averaged before anything is decided from them.
 WINDOW = 20
 # The forget target holds when bounded plasticity is below this share of what it begins at, 1 - 1/c: where c is 3, with
 # the hinge the average image is within 5 % of it, with the reciprocal, which hardly pushes any more, at 2.6.
 TARGET_TOLERANCE = 0.075
-# Below this multiple of the first step's forget ratio nothing was learned. The first step's, not 1: the fresh
-# posterior's noise alone raises the forget loss by several per cent.
+# Below this multiple of where it began nothing was learned.
 NOTHING_LEARNED = 1.05
 # Above this the model has moved, on what it should retain, by as much as its own error: it is destroyed.
 COLLAPSE = 1.0
@@ -48,7 +48,9 @@ def collapsed(history: list[dict[str, float]]) -> bool:
     return len(history) >= WINDOW and recent(history, "stability") > COLLAPSE
 
 
-def run_status(history: list[dict[str, float]], config: UnlearnConfig, remaining_share: float | None = None) -> str:
+def run_status(
+    history: list[dict[str, float]], reached: Reached, config: UnlearnConfig, remaining_share: float | None = None
+) -> str:
     """``forgotten``, ``partly forgotten``, or one of FAILED, which would else pass in silence.
 
     Args:
@@ -57,12 +59,9 @@ def run_status(history: list[dict[str, float]], config: UnlearnConfig, remaining
     """
     if recent(history, "stability") > COLLAPSE:
         return "collapsed"
-    ratio = recent(history, "forget_ratio")
-    # How much of the way to the anchor's prediction is left; the ratio may well stay near 1 there.
-    left = 1.0
-    if "redirect" in history[0]:
-        left = recent(history, "redirect") / max(recent(history[:WINDOW], "redirect"), 1e-12)
-    if ratio < NOTHING_LEARNED * history[0]["forget_ratio"] and left > 1 / NOTHING_LEARNED:
+    # At the anchor the ratio may well be near 1.
+    left = 1.0 if reached.redirect_left is None else reached.redirect_left
+    if reached.forget_ratio < NOTHING_LEARNED and left > 1 / NOTHING_LEARNED:
         return "nothing learned"
     # What is drawn counts for more than the loss: many forget images go at a lower one than few.
     if remaining_share is not None and remaining_share > 0.5:
@@ -70,7 +69,7 @@ def run_status(history: list[dict[str, float]], config: UnlearnConfig, remaining
     if remaining_share is not None and remaining_share <= config.forget_tolerance:
         return "forgotten"
     # Half of the way to the target: where samples of the concept have gone in practice.
-    return "forgotten" if ratio >= (1 + config.forget_target) / 2 or left <= 0.5 else "partly forgotten"
+    return "forgotten" if reached.forget_ratio >= (1 + config.forget_target) / 2 or left <= 0.5 else "partly forgotten"
 
 
 def loss_plot(history: list[dict[str, float]], file: Path) -> None:

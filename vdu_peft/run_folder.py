@@ -12,6 +12,7 @@ from vdu_peft.classes import Classes
 from vdu_peft.config import UnlearnConfig
 from vdu_peft.denoiser import Denoiser
 from vdu_peft.history import WINDOW, recent
+from vdu_peft.reached import Reached
 from vdu_peft.strength import Strength
 
 
@@ -43,13 +44,14 @@ def save_run(
     facts: dict[str, object],
     history: list[dict[str, float]],
     accelerator: Accelerator,
-    status: str | None,
+    status: str | None = None,
+    reached: Reached | None = None,
     strength: Strength | None = None,
 ) -> str:
     """Write the adapter as it is, its card and the history; returns where, as a part of a sentence.
 
     Args:
-        status: None where there is no history yet.
+        status, reached: None where there is no history yet.
     """
     if output_dir is None:
         return "nothing was written (no output_dir)"
@@ -57,8 +59,9 @@ def save_run(
         facts = facts | {"steps": len(history)}
         if status is not None:
             facts["outcome"] = status
-            for name, shown in (("forget ratio", "forget_ratio"), ("stability", "stability")):
-                facts[f"{name}, mean of the last {min(WINDOW, len(history))} steps"] = f"{recent(history, shown):.3g}"
+            facts["reached"] = reached
+            last = min(WINDOW, len(history))
+            facts[f"stability, mean of the last {last} steps"] = f"{recent(history, 'stability'):.3g}"
         if strength is not None:
             facts["strength"] = strength
         save_adapter(peft_model, output_dir / "adapter", model_card("adapter", base_name, facts))

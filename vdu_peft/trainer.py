@@ -34,6 +34,7 @@ from vdu_peft.denoiser import Denoiser, as_denoiser
 from vdu_peft.history import COLLAPSE, FAILED, collapsed, recent, run_status, steps_to_target, target_holds
 from vdu_peft.learning_rate import last_step, lr_factor
 from vdu_peft.pixels import check_images
+from vdu_peft.reached import Reached, reached
 from vdu_peft.replay import OwnAlike, own_replay
 from vdu_peft.run_folder import run_facts, save_run
 from vdu_peft.strength import Strength, calibrate, scale_delta
@@ -54,13 +55,14 @@ class UnlearnResult:
         denoiser: the denoiser around it.
         history: one record per optimizer step: loss, plasticity, stability, kl (nats), forget_ratio; redirect, too,
             where the forgotten class is not the null class.
+        reached: how far the steps have come.
         status: ``forgotten``, ``partly forgotten``, ``nothing learned`` or ``collapsed``.
         num_replay: how many replay images were kept.
         variations: (K, C, H, W) in [-1, 1], what the forget images were made up by, variations of each in turn.
         trained_parameters: adapter parameters that the optimizer saw.
         strength: what is left of the forget concept, and the scale that the delta was given for it, after all that
-            ``history`` tells of; None where that is not looked for: of a model with a condition, of given replay, of a
-            single forget image, of a failed run.
+            ``history`` and ``reached`` tell of; None where that is not looked for: of a model with a condition, of
+            given replay, of a single forget image, of a failed run.
         alike_seeds: that those of the pre-trained model's own samples were drawn from, with
             ``config.replay_inference_steps``, that look like the forget images; none where that is not looked for.
     """
@@ -68,6 +70,7 @@ class UnlearnResult:
     model: PeftModel
     denoiser: Denoiser
     history: list[dict[str, float]]
+    reached: Reached
     status: str
     num_replay: int
     variations: torch.Tensor
@@ -191,6 +194,11 @@ def unlearn(
                 denoiser, len(images), len(varied), shown_at, peft_model.active_peft_config.r, classes, config
             )
             save = partial(save_run, peft_model, denoiser.name, output_dir, facts, history, accelerator)
+
+            def ended() -> tuple[str, Reached]:
+                at = reached(denoiser, source, config, accelerator)
+                return run_status(history, at, config), at
+
             if config.report_to and accelerator.is_main_process:
                 accelerator.init_trackers("unlearn", config={k: v for k, v in asdict(config).items() if v is not None})
             bar = tqdm(total=config.max_train_steps, initial=len(history), desc="unlearn", disable=bar_off)
@@ -209,7 +217,7 @@ def unlearn(
                         accelerator.scaler is not None or torch.isfinite(torch.as_tensor(grad_norm)).item()
                     )
                     if not (finite_gradient and torch.isfinite(torch.tensor(list(record.values()))).all()):
-                        where = save(run_status(history, config) if history else None)
+                        where = save(*ended()) if history else save()
                         # Before the first step the adapter is the model itself.
                         mend = "Lower learning_rate" if history else "Look whether the model draws images as it is"
                         raise UnlearnError(
@@ -231,8 +239,8 @@ def unlearn(
                         if accelerator.is_main_process:
                             save_checkpoint(output_dir, parameters, optimizer, history, options)
                         accelerator.wait_for_everyone()
-        status, strength = run_status(history, config), None
-        save(status)  # before it is looked what it leaves: an interrupt there loses nothing of the run
+        status, at, strength = *ended(), None
+        save(status, at)  # before it is looked what it leaves: an interrupt there loses nothing of the run
         if own is not None and status not in FAILED:
             with accelerator.autocast():
                 strength = calibrate(
@@ -245,9 +253,9 @@ def unlearn(
                     progress=not bar_off,
                 )
             (strength,) = broadcast_object_list([strength])  # processes may round apart, but must end with one adapter
-            status = run_status(history, config, strength.remaining_share)
+            status = run_status(history, at, config, strength.remaining_share)
             scale_delta(denoiser.model, strength.scale)
-            save(status, strength)
+            save(status, at, strength)
         if config.report_to:
             accelerator.end_training()  # takes processes apart, after which they cannot wait for each other
     in_base_mode(peft_model)
@@ -255,6 +263,7 @@ def unlearn(
         peft_model,
         denoiser,
         history,
+        at,
         status,
         len(replay),
         varied,
