@@ -38,10 +38,11 @@ from vdu_peft.denoiser import Denoiser
 # Every worker of pytest-xdist has its share of the cores, and so have the processes that its tests start; where it can,
 # as its own: Linux at times keeps two busy processes on one core and leaves another idle.
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-THREADS = max(1, (os.cpu_count() or 1) // WORKERS)
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+THREADS = max(1, len(CORES) // WORKERS)
 os.environ["OMP_NUM_THREADS"] = str(THREADS)
-if hasattr(os, "sched_setaffinity") and len(cores := sorted(os.sched_getaffinity(0))) >= WORKERS > 1:
-    os.sched_setaffinity(0, cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) :: WORKERS])
+if hasattr(os, "sched_setaffinity") and len(CORES) >= WORKERS > 1:
+    os.sched_setaffinity(0, CORES[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) :: WORKERS])
 torch.set_num_threads(THREADS)
 # Of the images of each of TwoKinds.
 SPREAD = 0.1

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import saved_adapter, tiny_text_pipeline
-from diffusers import DDIMPipeline, DDPMPipeline
+from conftest import saved_adapter, tiny_text_pipeline, tiny_unet
+from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from vdu_peft import demo, replay, trainer
+from vdu_peft import cli_unlearn, demo, replay, trainer
 from vdu_peft import options as command_line
 from vdu_peft.adapter import load_adapter
 from vdu_peft.cli import main
@@ -118,6 +118,102 @@ def test_from_a_folder_of_pictures_to_a_merged_pipeline(
     torch.testing.assert_close((ours + 1) / 2, torch.from_numpy(theirs).movedim(-1, 1), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("num_alike", [0, 3, 9])
+def test_the_picture_shows_what_looked_like_the_forget_images(
+    pipeline_folder, unlearn_command, tmp_path, monkeypatch, num_alike
+):
+    """From the seeds that such samples were drawn from, at most eight of them."""
+    monkeypatch.setattr(replay, "quick_precision", lambda _: "no")
+    seeds, own_replay = list(range(50, 50 + num_alike)), trainer.own_replay
+
+    def with_seeds(*args):
+        images, labels, own = own_replay(*args)
+        own.seeds[:] = seeds
+        return images, labels, own
+
+    monkeypatch.setattr(trainer, "own_replay", with_seeds)
+    monkeypatch.setattr(trainer, "calibrate", lambda *_, **__: Strength(1.0, 1, 0, 0.05))
+    main(unlearn_command)
+    denoiser = Denoiser.from_pretrained(pipeline_folder)
+    panels = samples_panels(denoiser, tmp_path / "out" / "adapter", {"any": None})
+    if seeds:
+        alike = {}
+        for title, scale in (("adapter off", 0), ("adapter on", 1)):
+            with adapter_scale(denoiser.model, scale):
+                alike[f"forget-like, {title}"] = denoiser.sample(len(seeds[:8]), seed=seeds[:8], num_inference_steps=2)
+        panels = alike | panels
+    picture = labelled_grids(panels, columns=2)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / "samples.png")), np.asarray(picture))
+
+
+def test_the_picture_of_a_class_conditional_model(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(replay, "quick_precision", lambda _: "no")
+    DDPMPipeline(tiny_unet(num_class_embeds=4), DDPMScheduler()).save_pretrained(tmp_path / "classes")
+    command = ["unlearn", f"--model={tmp_path / 'classes'}", f"--forget_data={pictures}", *FAST]
+    command += [f"--output_dir={tmp_path / 'out'}", "--forget_class=2", "--anchor_class=0", "--null_class=3"]
+    main([*command, "--learning_rate=0.02"])
+    labels = {"forgotten": [2], "retained": [1]}
+    panels = samples_panels(Denoiser.from_pretrained(tmp_path / "classes"), tmp_path / "out" / "adapter", labels)
+    picture = labelled_grids(panels, columns=2, numbered=True)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / "samples.png")), np.asarray(picture))
+    assert "forgotten, in turn:\n    1 class 2\n  retained, in turn:\n    1 class 1\n" in capsys.readouterr().out
+
+
+def test_a_picture_that_cannot_be_drawn_costs_the_picture_alone(unlearn_command, tmp_path, monkeypatch, capsys):
+    def too_little_memory(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr(cli_unlearn, "draw_replay", too_little_memory)
+    assert main([*unlearn_command, "--max_train_steps=20"]) == 0
+    shown = capsys.readouterr().err
+    assert "warning: no pictures (OutOfMemoryError: CUDA out of memory.); the adapter is whole" in shown
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("options", [[], ["--checkpointing_steps=1"]])
+def test_an_interrupt_is_one_line_that_says_how_to_go_on(unlearn_command, tmp_path, monkeypatch, capsys, options):
+    """And who begins again is told of the checkpoint, too."""
+    monkeypatch.setattr(trainer, "run_status", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert main([*unlearn_command, *options]) == 130
+    shown = capsys.readouterr().err.splitlines()[-1]
+    mend = "--resume_from_checkpoint latest goes on from" if options else "checkpointing_steps keeps what is learned"
+    assert shown.startswith("vdu-peft: interrupted; ") and mend in shown
+    if options:
+        assert main(unlearn_command) == 2
+        assert "holds a run's checkpoint; go on from it with --resume_from_checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["unlearn", "evaluate", "sample"])
+def test_an_output_that_cannot_be_written_is_found_before_any_work(command, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    option = "output_file" if command == "sample" else "output_dir"
+    arguments = ["--model=nowhere", f"--{option}={tmp_path / 'file' / 'out.png'}", "--adapter=nowhere"]
+    if command == "unlearn":
+        arguments[-1:] = ["--forget_data=nowhere", "--dry_run"]
+    assert main([command, *arguments]) == 2
+    assert f"file is a file, not a folder; choose another {option}" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="the superuser may write anywhere")
+def test_a_folder_that_may_not_be_written_is_found_before_any_work(tmp_path, capsys):
+    (tmp_path / "kept").mkdir(mode=0o555)
+    assert main(["sample", "--model=nowhere", f"--output_file={tmp_path / 'kept' / 'grid.png'}"]) == 2
+    assert "kept cannot be written into; choose another output_file" in capsys.readouterr().err
+
+
+def test_an_option_that_is_not_there_is_told_with_the_one_most_like_it(unlearn_command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*unlearn_command, "--learning_rat=0.1"])
+    assert stop.value.code == 2
+    assert "unrecognized arguments: --learning_rat=0.1; is it --learning_rate?" in capsys.readouterr().err
+
+
+def test_a_run_s_folder_in_place_of_its_adapter_is_told(tmp_path, capsys):
+    saved_adapter(tmp_path / "out" / "adapter")
+    assert main(["export", f"--adapter={tmp_path / 'out'}", f"--output_dir={tmp_path / 'lora'}"]) == 2
+    assert f"no adapter_config.json there; give {tmp_path / 'out' / 'adapter'}" in capsys.readouterr().err
+
+
 def test_a_run_without_variations_leaves_no_picture_of_an_earlier_one_s(unlearn_command, tmp_path, capsys):
     for options, made in (([], True), (["--overwrite", "--min_forget_images=8"], False)):
         main([*unlearn_command, *options])
@@ -177,13 +273,16 @@ def test_a_concept_of_a_text_to_image_model(tmp_path, pictures, pipeline_folder,
     assert main([*command, *prompts, f"--retain_prompts={tmp_path / 'nowhere'}"]) == 2
     assert "not a readable text file of prompts" in capsys.readouterr().err
     assert main([*command, *prompts, retain]) in (0, 1)
-    assert "after 3 steps" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "after 3 steps" in shown and "of the way to the anchor left" in shown
+    assert "forgotten, in turn:\n    1 'a sword'\n  retained, in turn:\n    1 'a cat'\n    2 'a dog'\n" in shown
     # What is told of it and put together takes the network alone: a pipeline without its VAE serves.
     shutil.copytree(tmp_path / "sd", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "vae")
     encoder = tmp_path / "cut" / "text_encoder" / "model.safetensors"
     encoder.rename(encoder.with_name("model.fp16.safetensors"))  # a variant of another part
-    adapters = [str(out / "adapter")] * 2
+    shutil.copytree(out / "adapter", tmp_path / "again")
+    adapters = [str(out / "adapter"), str(tmp_path / "again")]
     assert main(["inspect", f"--model={tmp_path / 'cut'}", f"--adapter={adapters[0]}"]) == 0
     compose = ["compose", f"--model={tmp_path / 'cut'}", "--adapter", *adapters]
     assert main([*compose, f"--output_dir={tmp_path / 'both'}"]) == 0
@@ -195,8 +294,9 @@ def test_a_concept_of_a_text_to_image_model(tmp_path, pictures, pipeline_folder,
     assert "cut: would be replaced, and " in capsys.readouterr().err and (tmp_path / "cut" / "unet").is_dir()
     assert Image.open(out / "loss.png").width == 5 * 300  # a panel for the redirection, too
     denoiser = open_denoiser(tmp_path / "sd", ["a sword", "a hand", "", "a cat", "a dog"])
-    labels = {"forgotten": [0], "retained": [denoiser.label(p) for p in ("a hand", "a cat", "a dog", "")]}
-    picture = labelled_grids(samples_panels(denoiser, out / "adapter", labels), columns=2)
+    # The anchor and the empty prompt, which replay draws, too, stand in for what is forgotten.
+    labels = {"forgotten": [0], "retained": [denoiser.label(p) for p in ("a cat", "a dog")]}
+    picture = labelled_grids(samples_panels(denoiser, out / "adapter", labels), columns=2, numbered=True)
     np.testing.assert_array_equal(np.asarray(Image.open(out / "samples.png")), np.asarray(picture))
     assert main([*command, "--overwrite", "--forget_prompt=", retain]) in (0, 1)
     assert "redirect" not in json.loads((out / "history.json").read_text())[0]
@@ -304,7 +404,8 @@ def test_compose(pipeline_folder, unlearn_command, tmp_path, capsys):
     main([*unlearn_command, "--rank=3"])
     adapter, both = tmp_path / "out" / "adapter", tmp_path / "both"
     command = ["compose", f"--model={pipeline_folder}", f"--output_dir={both}", "--adapter", str(adapter)]
-    assert main([*command, str(adapter), "--rank=2"]) == 0
+    shutil.copytree(adapter, tmp_path / "again")
+    assert main([*command, str(tmp_path / "again"), "--rank=2"]) == 0
     assert "discards: at most" in capsys.readouterr().out
     model_and_adapter = [f"--model={pipeline_folder}", f"--adapter={both}"]
     assert main(["inspect", *model_and_adapter]) == 0

@@ -214,7 +214,7 @@ def test_a_failure_leaves_the_model_as_it_was(tmp_path):
     a, b = saved_adapter(tmp_path / "a", 1), saved_adapter(tmp_path / "b", 2)
     model = tiny_unet()
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(FolderError, match="cannot be written"):
+    with pytest.raises(FolderError, match="file is a file, not a folder; choose another output_dir"):
         compose(model, [a, b], tmp_path / "file" / "ab")
     assert not list(variational_layers(model)) and all(p.requires_grad for p in model.parameters())
 
@@ -229,8 +229,10 @@ def test_what_has_no_product_is_refused(tmp_path):
     a = saved_adapter(tmp_path / "a", 1)
     with pytest.raises(ConfigError, match="at least two"):
         compose(tiny_unet(), [a], tmp_path / "out")
+    with pytest.raises(ConfigError, match="an adapter is named twice"):
+        compose(tiny_unet(), [a, tmp_path / "out" / ".." / "a"], tmp_path / "out")
     with pytest.raises(ConfigError, match="rank must be at least 1"):
-        compose(tiny_unet(), [a, a], tmp_path / "out", rank=0)
+        compose(tiny_unet(), [a, tmp_path / "other"], tmp_path / "out", rank=0)
     with pytest.raises(ConfigError, match="prior_scale 0.2, but 0.1 in"):
         compose(tiny_unet(), [a, saved_adapter(tmp_path / "b", 2, prior_scale=0.2)], tmp_path / "out")
     with pytest.raises(ConfigError, match="is deterministic"):
@@ -238,7 +240,7 @@ def test_what_has_no_product_is_refused(tmp_path):
     with pytest.raises(FolderError, match="out: would be replaced, and .*b is in it"):
         compose(tiny_unet(), [a, saved_adapter(tmp_path / "out" / "b", 2)], tmp_path / "out")
     with pytest.raises(FolderError, match="out: exists and is not empty"):
-        compose(tiny_unet(), [a, a], tmp_path / "out")
+        compose(tiny_unet(), [a, tmp_path / "b"], tmp_path / "out")
     with pytest.raises(FolderError, match="out: holds something else than an adapter"):
-        compose(tiny_unet(), [a, a], tmp_path / "out", overwrite=True)
+        compose(tiny_unet(), [a, tmp_path / "b"], tmp_path / "out", overwrite=True)
     assert [f.name for f in (tmp_path / "out").iterdir()] == ["b"]

@@ -33,6 +33,9 @@ def test_npz_labels_by_number_and_by_name(tmp_path):
         assert ((images[:, 0, 0, 0] + 1) * 127.5).round().tolist() == [1, 3, 5]
     with pytest.raises(DataError, match="unknown label 'cow'; classes are cat, dog, eel"):
         ImageSource(str(file), label_column="labels", labels=("cow",)).load((8, 8), 1)
+    np.savez(tmp_path / "two.npz", small=np.zeros((1, 8, 8), np.uint8), large=np.zeros((1, 9, 9), np.uint8))
+    with pytest.raises(DataError, match="holds small, large; say with image_column which of them"):
+        ImageSource(str(tmp_path / "two.npz")).load((8, 8), 1)
     with pytest.raises(DataError, match="image_column 'pictures' not found; the file holds images"):
         ImageSource(str(file), image_column="pictures").load((8, 8), 1)
 
@@ -61,7 +64,10 @@ def test_floats_are_read_as_the_bytes_they_stand_for(tmp_path, channels):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (np.full((2, 8, 8), 255.0), "floats must lie in .* found 255 to 255; write 0 to 255 as uint8"),
+        (
+            np.full((2, 8, 8), 255.0),
+            "must lie in .* found 255 to 255; write 0 to 255 as uint8",
+        ),
         (np.full((2, 8, 8), "black"), "expected images as numbers"),
     ],
 )
@@ -123,10 +129,11 @@ def test_captions_come_in_the_order_of_their_images(tmp_path, kind):
     [
         (None, "no metadata.csv or metadata.jsonl there"),
         ("file_name,text\na.png,a dog\n", "do not match; the other one is missing for b.png"),
-        ("file_name,text\na.png,a dog\nb.png,\n", "do not match; the other one is missing for b.png"),
-        ("file_name,text\na.png,a dog\nb.png\n", "do not match; the other one is missing for b.png"),
+        ("file_name,text\na.png,a dog\nb.png,\n", "text is empty for b.png; give it a caption"),
+        ("file_name,text\na.png,a dog\nb.png\n", "text is empty for b.png; give it a caption"),
         ("file_name,text\na.png,x\nb.png,x\nc.png,x\n", "do not match; the other one is missing for c.png"),
-        ("file_name,caption\na.png,x\nb.png,x\n", "not rows of file_name and text"),
+        ("file_name,caption\na.png,x\nb.png,x\n", "no column 'text' .* columns are 'file_name', 'caption'"),
+        ("file_name;text\na.png;x\nb.png;x\n", "columns are 'file_name;text', and commas stand between them"),
         ("file_name,text\na.png,x\nb.png,x\nb.png,y\n", "metadata.csv: b.png has more than one row"),
     ],
 )

@@ -31,7 +31,7 @@ from vdu_peft.denoiser import ModelError
 from vdu_peft.judge import AttributeJudge
 from vdu_peft.metrics import frechet_distance
 from vdu_peft.prompt_file import Target
-from vdu_peft.prompts import anchor_prompts
+from vdu_peft.prompts import anchor_prompts, holding
 from vdu_peft.text_denoiser import TextDenoiser
 
 SWORD = Forgotten((Target("weapon", ("sword",)),), (", a sword",), (), ("",), ("an orc, a sword", "an orc"))
@@ -87,10 +87,19 @@ def test_every_concept_has_its_anchor():
     assert anchor_prompts(["an elf, a \\d"], [", a \\d"], [r"\1"]) == [r"an elf\1"]
     with pytest.raises(ModelError, match="none of it is in the caption 'two swords'"):
         anchor_prompts(["two swords"], ["sword"])
+    with pytest.raises(ModelError, match="in small or capital letters as there"):
+        anchor_prompts(["a Sword"], ["sword"])
     with pytest.raises(ModelError, match="anchor_concept: 3 for 2 of forget_concept"):
         anchor_prompts(["one two three"], ["one", "two"], ["a", "b", "c"])
     with pytest.raises(ModelError, match="not an empty text"):
         anchor_prompts(["one"], ["one", " "])
+
+
+def test_prompts_that_hold_a_concept_are_found_whatever_stands_around_it():
+    prompts = ["a knight holding a sword", "Holding a SWORD, a knight", "a knight upholding a sword", "two swords"]
+    assert holding(prompts, [", holding a sword"]) == prompts[:2]
+    assert holding(prompts, ["sword", "two"]) == prompts
+    assert holding(prompts, [", ", "axe"]) == []
 
 
 def test_a_task_has_no_image_or_prompt_of_the_held_out_split(dolls):

@@ -510,5 +510,5 @@ def test_a_card_names_a_few_of_many_classes(tmp_path):
 def test_more_prompts_than_replay_can_show_are_refused(tmp_path, images):
     denoiser = TextDenoiser(tiny_text_pipeline(tmp_path), [*"abcdefghij"])
     config = replace(FAST, forget_class=0, anchor_class=denoiser.null_label)
-    with pytest.raises(ConfigError, match="8 images cannot show all 10 classes to retain"):
+    with pytest.raises(ConfigError, match="8 images cannot show all 10 prompts to retain"):
         unlearn(denoiser, images, config)

@@ -187,7 +187,7 @@ def test_a_prompt_file_is_read_as_the_field_writes_it(tmp_path):
         ("prompt,who\nan elf,elf\na cat,cat\n", SWORD, "line 3: the judge knows no who 'cat'"),
         ("prompt,weapon\nan axe,axe\n", SWORD, "no prompt asks for weapon sword"),
         ("prompt,weapon\nan axe,axe\n", Target("weapon", ("club",)), "the judge knows no weapon 'club'"),
-        ("prompt,weapon\nan axe,axe\n", Target("hat", ("cap",)), "the judge knows no hat$"),
+        ("prompt,weapon\nan axe,axe\n", Target("hat", ("cap",)), "the judge knows no hat; it knows who, weapon$"),
     ],
 )
 def test_bad_prompt_files_are_named(tmp_path, content, target, message):

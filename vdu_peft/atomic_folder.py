@@ -1,5 +1,6 @@
 """Folders that appear whole or not at all, and what must not be lost in their place."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -21,7 +22,7 @@ def check_output(folder: str | Path, inputs: Iterable[str | Path], overwrite: bo
         overwrite: whether the folder may be replaced with all that it holds.
 
     Raises:
-        FolderError: it is not empty, or one of the inputs would be deleted.
+        FolderError: it is not empty or cannot be written, or one of the inputs would be deleted.
     """
     folder = Path(folder)
     for read in inputs:
@@ -33,6 +34,21 @@ def check_output(folder: str | Path, inputs: Iterable[str | Path], overwrite: bo
         raise FolderError(
             f"{folder}: exists and is not empty; choose another output_dir or pass --overwrite (overwrite=True)"
         )
+    check_writable(folder, "output_dir")
+
+
+def check_writable(folder: str | Path, option: str) -> None:
+    """Whether a folder that may not be there yet can be written into; nothing is made.
+
+    Raises:
+        FolderError: it cannot; ``option`` named it.
+    """
+    folder = Path(folder).absolute()
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir():
+        raise FolderError(f"{folder}: {there} is a file, not a folder; choose another {option}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise FolderError(f"{folder}: {there} cannot be written into; choose another {option}")
 
 
 @contextmanager

@@ -91,7 +91,8 @@ def run_classes(
         raise ConfigError("forget_class: there is no other class or prompt to retain; add one, or pass replay")
     replay_size = config.filled(denoiser.condition).replay_size
     if draws_replay and len(retained) > replay_size:
-        raise ConfigError(f"replay_size: {replay_size} images cannot show all {len(retained)} classes to retain")
+        kinds = "prompts" if denoiser.condition == "text" else "classes"
+        raise ConfigError(f"replay_size: {replay_size} images cannot show all {len(retained)} {kinds} to retain")
     if null in forgotten:
         return Classes(forget_labels, retained, forget_labels.new_empty(num_images, 0), null)
     others = [label for label in retained if label != config.null_class]

@@ -11,6 +11,7 @@ from datasets.exceptions import DatasetsError
 
 from vdu_peft.adapter import AdapterError, check_replaceable, describe, load_adapter
 from vdu_peft.atomic_folder import FolderError, check_output
+from vdu_peft.checkpoint import CHECKPOINT_NAME
 from vdu_peft.cli_draw import run_evaluate, run_sample
 from vdu_peft.cli_unlearn import run_demo_command, run_unlearn
 from vdu_peft.compose import compose
@@ -41,8 +42,10 @@ BAD_INPUT = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns 0, 1 for a run that failed (nothing learned, collapsed), 2 for bad input."""
+    """Run a command; returns 0, 1 for a run that failed (nothing learned, collapsed), 2 for bad input, 130 for an
+    interrupt."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    args = None
     try:
         args = parse(argv)
         repository = _hub_repository(args)
@@ -64,6 +67,14 @@ def main(argv: list[str] | None = None) -> int:
     except UnlearnError as error:
         print(f"vdu-peft: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        mend = ""
+        if args is not None and args.command == "unlearn":
+            mend = "; checkpointing_steps keeps what is learned on the way"
+            if (args.output_dir / CHECKPOINT_NAME).is_file():
+                mend = f"; --resume_from_checkpoint latest goes on from the last checkpoint in {args.output_dir}"
+        print(f"\nvdu-peft: interrupted{mend}", file=sys.stderr)
+        return 130
 
 
 def _hub_repository(args: argparse.Namespace) -> str | None:
@@ -97,8 +108,10 @@ def _compose(args: argparse.Namespace) -> int:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    merge(args.model, args.adapter, args.output_dir, args.dtype, args.onnx, args.overwrite)
-    print(f"wrote {args.output_dir}: load it with diffusers.DiffusionPipeline.from_pretrained")
+    dtype = merge(args.model, args.adapter, args.output_dir, args.dtype, args.onnx, args.overwrite).dtype
+    # Named: of a pipeline whose parts are kept in several dtypes each would else be loaded in its own.
+    how = f'diffusers.DiffusionPipeline.from_pretrained("{args.output_dir}", dtype={dtype})'
+    print(f"wrote {args.output_dir}: load it with {how}")
     return 0
 
 

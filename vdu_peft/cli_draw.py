@@ -8,20 +8,21 @@ import torch
 from PIL import Image
 
 from vdu_peft.adapter import load_adapter
+from vdu_peft.atomic_folder import check_writable
 from vdu_peft.config import ConfigError
 from vdu_peft.contexts import adapter_scale
 from vdu_peft.data import ImageSource
 from vdu_peft.denoiser import Denoiser, best_device
-from vdu_peft.evaluation import check_evaluation, evaluate, held_out_loss_gap
+from vdu_peft.evaluation import Report, check_evaluation, evaluate, held_out_loss_gap
 from vdu_peft.export import DTYPES
 from vdu_peft.families import FAMILIES
 from vdu_peft.judge import AttributeJudge, PretrainedJudge, open_judge
-from vdu_peft.likeness_evaluation import evaluate_likeness
+from vdu_peft.likeness_evaluation import LikenessReport, evaluate_likeness
 from vdu_peft.options import forget_source
 from vdu_peft.pictures import labelled_grids
 from vdu_peft.prompt_file import Target, check_sizes, read_prompt_file, seeded
 from vdu_peft.text_denoiser import TextDenoiser, open_denoiser, pipeline_kind
-from vdu_peft.text_evaluation import MIN_FID_IMAGES, asks, draw_and_look, evaluate_prompts, shown_places
+from vdu_peft.text_evaluation import MIN_FID_IMAGES, TextReport, asks, draw_and_look, evaluate_prompts, shown_places
 from vdu_peft.text_judges import Judges, load_clip
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ def run_sample(args: argparse.Namespace) -> int:
         raise ConfigError("scale: is an adapter's; name it with adapter")
     if Image.registered_extensions().get(args.output_file.suffix.lower()) not in Image.SAVE:
         raise ConfigError(f"{args.output_file}: not an image file name; end it in .png")
+    check_writable(args.output_file.parent, "output_file")
     denoiser = _drawing_denoiser(args, args.prompt).to_best_device()
     options = {"seed": args.seed, "num_inference_steps": args.num_inference_steps}
     if isinstance(denoiser, TextDenoiser):
@@ -75,8 +77,12 @@ def run_sample(args: argparse.Namespace) -> int:
 
 def run_evaluate(args: argparse.Namespace) -> int:
     if args.prompts:
-        return _evaluate_prompts(args)
-    return _evaluate_likeness(args) if args.forget_data else _evaluate_class(args)
+        report = _evaluate_prompts(args)
+    else:
+        report = _evaluate_likeness(args) if args.forget_data else _evaluate_class(args)
+    print("\n".join(report.lines()))
+    print(f"look at {args.output_dir / 'grid.png'}; figures are in {args.output_dir / 'report.json'}")
+    return 0
 
 
 def _check_samples(args: argparse.Namespace) -> None:
@@ -103,7 +109,7 @@ def _context(args: argparse.Namespace, *names: str) -> dict[str, str]:
     return told | {"sampler": f"DDIM, {args.num_inference_steps} steps, seed {args.seed}"}
 
 
-def _evaluate_likeness(args: argparse.Namespace) -> int:
+def _evaluate_likeness(args: argparse.Namespace) -> LikenessReport:
     for name in ("judge", "reference", "forget_class"):
         if getattr(args, name) is not None:
             raise ConfigError(f"{name}: forget_data is looked for without a judge; give one or the other")
@@ -115,11 +121,10 @@ def _evaluate_likeness(args: argparse.Namespace) -> int:
     sampling = {"num_inference_steps": args.num_inference_steps, "seed": args.seed}
     report, panels = evaluate_likeness(denoiser, forget, num_samples=args.num_samples, progress=True, **sampling)
     report.save(args.output_dir, panels, **_context(args, "forget_data"))
-    print("\n".join(report.lines()))
-    return 0
+    return report
 
 
-def _evaluate_class(args: argparse.Namespace) -> int:
+def _evaluate_class(args: argparse.Namespace) -> Report:
     for name in ("judge", "reference", "label_column", "forget_class"):
         if getattr(args, name) is None:
             raise ConfigError(
@@ -184,11 +189,10 @@ def _evaluate_class(args: argparse.Namespace) -> int:
     report = evaluate(before, after, judge, args.forget_class, reference, labels, gaps)
     context = _context(args, "judge", "reference") | {"judge_accuracy": accuracy}
     report.save(args.output_dir, {"adapter off": before, "adapter on": after}, **context)
-    print("\n".join(report.lines()))
-    return 0
+    return report
 
 
-def _evaluate_prompts(args: argparse.Namespace) -> int:
+def _evaluate_prompts(args: argparse.Namespace) -> TextReport:
     check_evaluation()
     if args.forget_data is not None:
         raise ConfigError("forget_data: of a prompt file the judge tells what is forgotten; leave it out")
@@ -243,8 +247,7 @@ def _evaluate_prompts(args: argparse.Namespace) -> int:
     context["sampler"] = f"{type(denoiser.schedule.sampler(1, denoiser.device)).__name__}, {args.num_inference_steps} "
     context["sampler"] += f"steps, seed {args.seed} where a prompt has none of its own"
     report.save(args.output_dir, before, after, **context)
-    print("\n".join(report.lines()))
-    return 0
+    return report
 
 
 def _nude_detector():

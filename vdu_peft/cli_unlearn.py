@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import logging
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,15 +18,17 @@ from vdu_peft.contexts import adapter_scale
 from vdu_peft.demo import peak_memory_mib, run_demo
 from vdu_peft.denoiser import Denoiser, best_device, image_seeds, in_turn
 from vdu_peft.evaluation import check_evaluation
+from vdu_peft.first_line import first_line
 from vdu_peft.history import loss_plot, recent
 from vdu_peft.options import ADAPTER_OPTIONS, forget_source
 from vdu_peft.pictures import labelled_grids
 from vdu_peft.precision import check_precision
-from vdu_peft.prompts import anchor_prompts, neutral_prompts, read_prompts
+from vdu_peft.prompts import anchor_prompts, holding, neutral_prompts, read_prompts
 from vdu_peft.replay import draw_replay
 from vdu_peft.text_denoiser import TextDenoiser, open_denoiser
 from vdu_peft.trainer import UnlearnResult, check_run, unlearn
 
+logger = logging.getLogger(__name__)
 # Samples of each kind, in the picture of what a run did.
 SHOWN = 8
 
@@ -48,6 +51,7 @@ def run_unlearn(args: argparse.Namespace) -> int:
     prompts = [*captions, *anchors] if args.forget_prompt is None else [args.forget_prompt]
     if prompts:
         retained = read_prompts(args.retain_prompts) if args.retain_prompts else neutral_prompts()
+        _tell_held(retained, args)
         prompts = list(dict.fromkeys([*prompts, args.anchor_prompt, *retained]))
     # Frozen weights in what the forward computes in; the adapter stays in float32.
     dtypes = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -82,46 +86,79 @@ def run_unlearn(args: argparse.Namespace) -> int:
     )
     code = _outcome(result, args.output_dir)
     if PartialState().is_main_process:
-        _show_variations(forget, result.variations, args.output_dir / "variations.png")
-        if find_spec("matplotlib"):  # of the extra eval, which a run does not need
-            loss_plot(result.history, args.output_dir / "loss.png")
-        file = args.output_dir / "samples.png"
-        labelled_grids(_samples(result, classes, config), columns=2).save(file)
-        print(f"look at {file}: samples with the adapter off and on")
+        try:
+            _show(result, forget, classes, config, args.output_dir)
+        except Exception as error:  # of whatever kind: the adapter is not lost for a picture of it
+            print(
+                f"vdu-peft: warning: no pictures ({type(error).__name__}: {first_line(error)}); the adapter is whole, "
+                "and vdu-peft sample draws with it",
+                file=sys.stderr,
+            )
     return code
 
 
-def _samples(result: UnlearnResult, classes: Classes | None, config: UnlearnConfig) -> dict[str, torch.Tensor]:
-    """What the model draws of each kind with the adapter off and on, from the same noise, by title.
+def _show(
+    result: UnlearnResult, forget: torch.Tensor, classes: Classes | None, config: UnlearnConfig, output_dir: Path
+) -> None:
+    """Pictures of what a run did; an earlier run's go."""
+    for name in ("variations.png", "loss.png", "samples.png"):
+        (output_dir / name).unlink(missing_ok=True)
+    if len(result.variations):
+        file = output_dir / "variations.png"
+        labelled_grids({"forget images": forget, "variations of them": result.variations}).save(file)
+        print(
+            f"{len(result.variations)} variations of the forget images were shown as such, too; look in {file} that "
+            "they show the same (min_forget_images 0 makes none)"
+        )
+    if find_spec("matplotlib"):  # of the extra eval, which a run does not need
+        loss_plot(result.history, output_dir / "loss.png")
+    file, drawn = output_dir / "samples.png", _drawn(result, classes, config)
+    labelled_grids(_samples(result, drawn, config), columns=2, numbered=classes is not None).save(file)
+    print(f"look at {file}: samples with the adapter off and on")
+    for kind, (_, labels) in drawn.items():
+        if labels is not None:
+            prompts, each = getattr(result.denoiser, "prompts", None), dict.fromkeys(labels.tolist())
+            print(f"  {kind}{', in turn' if len(each) < SHOWN else ''}:")
+            for number, label in enumerate(each, 1):
+                print(f"    {number} {prompts[label]!r}" if prompts else f"    {number} class {label}")
+
+
+def _drawn(
+    result: UnlearnResult, classes: Classes | None, config: UnlearnConfig
+) -> dict[str, tuple[list[int], torch.Tensor | None]]:
+    """What the picture shows, by kind: seeds, and of a model with a condition labels.
 
     Of an unconditional model one kind are its own samples that looked like the forget images, where there are any.
     """
-    denoiser, seeds = result.denoiser, image_seeds(config.seed, SHOWN)
-    if classes is not None:
-        labels = {"forgotten": classes.forget_labels.unique().tolist(), "retained": classes.retained}
-        # Of many, from all over them.
-        kinds = {kind: (seeds, in_turn(each[:: -(-len(each) // SHOWN)], SHOWN)) for kind, each in labels.items()}
-    else:
-        kinds = {"forget-like": (result.alike_seeds[:SHOWN], None), "any": (seeds, None)}
+    seeds = image_seeds(config.seed, SHOWN)
+    if classes is None:
+        return {
+            kind: (each, None)
+            for kind, each in {"forget-like": result.alike_seeds[:SHOWN], "any": seeds}.items()
+            if each
+        }
+    forgotten = classes.forget_labels.unique().tolist()
+    # Not what stands in for the forgotten, unless that is all there is.
+    beside = {*classes.anchors.flatten().tolist(), classes.null}
+    held = [label for label in classes.retained if label not in beside]
+    # Of many, from all over them.
+    return {
+        kind: (seeds, in_turn(labels[:: -(-len(labels) // SHOWN)], SHOWN))
+        for kind, labels in {"forgotten": forgotten, "retained": held or classes.retained}.items()
+    }
+
+
+def _samples(
+    result: UnlearnResult, drawn: dict[str, tuple[list[int], torch.Tensor | None]], config: UnlearnConfig
+) -> dict[str, torch.Tensor]:
+    """What the model draws of each kind with the adapter off and on, from the same noise, by title."""
     panels = {}
-    for kind, (seeds, labels) in kinds.items():
+    for kind, (seeds, labels) in drawn.items():
         for title, scale in ((f"{kind}, adapter off", 0), (f"{kind}, adapter on", 1)):
-            if seeds:
-                drawing = {"num_inference_steps": config.replay_inference_steps, "labels": labels, "progress": title}
-                with adapter_scale(denoiser.model, scale):
-                    panels[title] = denoiser.decode(draw_replay(denoiser, seeds, **drawing)).cpu()
+            drawing = {"num_inference_steps": config.replay_inference_steps, "labels": labels, "progress": title}
+            with adapter_scale(result.denoiser.model, scale):
+                panels[title] = result.denoiser.decode(draw_replay(result.denoiser, seeds, **drawing)).cpu()
     return panels
-
-
-def _show_variations(forget: torch.Tensor, variations: torch.Tensor, file: Path) -> None:
-    """A picture of what a run made of few forget images; an earlier run's goes."""
-    file.unlink(missing_ok=True)
-    if len(variations):
-        labelled_grids({"forget images": forget, "variations of them": variations}).save(file)
-        print(
-            f"{len(variations)} variations of the forget images were shown as such, too; look in {file} that they show "
-            "the same (min_forget_images 0 makes none)"
-        )
 
 
 def _anchor_captions(captions: list[str], args: argparse.Namespace) -> list[str]:
@@ -139,6 +176,18 @@ def _anchor_captions(captions: list[str], args: argparse.Namespace) -> list[str]
     if both := [anchor for anchor in anchors if anchor in captions]:
         raise ConfigError(f"anchor_concept: {both[0]!r} is the caption of a forget image itself; take that one out")
     return anchors
+
+
+def _tell_held(retained: list[str], args: argparse.Namespace) -> None:
+    """Warn of prompts to retain that ask for what is to be forgotten."""
+    concepts = args.forget_concept or ([args.forget_prompt] if args.forget_prompt else [])
+    if held := holding(retained, concepts):
+        logger.warning(
+            "retain_prompts: %d of %d hold what is to be forgotten, such as %r, and would keep it; take them out",
+            len(held),
+            len(retained),
+            held[0],
+        )
 
 
 def _with_prompts(config: UnlearnConfig, denoiser: Denoiser, args: argparse.Namespace) -> UnlearnConfig:
@@ -204,6 +253,9 @@ def _outcome(result, output_dir: Path) -> int:
         _say(str(result.strength))
         if not result.strength.enough:
             _say("look at them by evaluate --forget_data; a smaller stability_weight or more images forget more")
+    left = result.reached.redirect_left
+    if result.status == "partly forgotten" and left is not None and left > 0.5:
+        _say("what is drawn has hardly changed; a larger max_train_steps or learning_rate goes further")
     if result.failed:
         mend = {
             "nothing learned": "raise max_train_steps or learning_rate, or lower kl_weight, and check that "

@@ -126,12 +126,15 @@ def compose(
         for every layer the share of the mean delta's energy that the cut to ``rank`` discards.
 
     Raises:
-        ConfigError: fewer than two adapters, a deterministic one, priors that differ, or a model with an adapter.
+        ConfigError: fewer than two adapters, one of them twice, a deterministic one, priors that differ, or a model
+            with an adapter.
         AdapterError: an adapter that does not fit the model.
         FolderError: one lies in ``output_dir``, or this is not empty.
     """
     if len(folders) < 2:
         raise ConfigError("compose needs at least two adapters")
+    if len({Path(folder).resolve() for folder in folders}) < len(folders):
+        raise ConfigError("compose: an adapter is named twice, and would count twice; name each once")
     if rank is not None and rank < 1:
         raise ConfigError(f"rank must be at least 1, not {rank}")
     refuse_adapted(model)

@@ -125,7 +125,11 @@ class VDUConfig(LoraConfig):
         if not file.is_file():
             # Between save_adapter's two renames the earlier adapter lies beside its place.
             aside = [*Path(folder).parent.glob(f".{Path(folder).name}-old-*/{Path(folder).name}")]
-            mend = f"a killed save left it as {aside[0]}; move it back" if aside else "give a saved adapter's folder"
+            mend = "give a saved adapter's folder"
+            if aside:
+                mend = f"a killed save left it as {aside[0]}; move it back"
+            elif (within := file.parent / "adapter" / CONFIG_NAME).is_file():  # a run's folder
+                mend = f"give {within.parent}"
             raise ConfigError(f"{folder}: no {CONFIG_NAME} there; {mend}")
         try:
             stored = json.loads(file.read_text(encoding="utf-8"))

@@ -176,6 +176,8 @@ class ImageSource:
             key = arrays.files[0]
         elif key is None and "images" in arrays.files:
             key = "images"
+        if key is None:
+            raise DataError(f"{file}: holds {', '.join(arrays.files)}; say with {option} which of them")
         if key not in arrays.files:
             raise DataError(f"{file}: {option} {key!r} not found; the file holds {', '.join(arrays.files)}")
         try:
@@ -259,14 +261,21 @@ def _read_captions(folder: Path, files: Sequence[Path], column: str) -> list[str
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         named = [(row["file_name"], _one_line(row[column])) for row in rows]
         captions = dict(named)
-    except (KeyError, TypeError, ValueError) as error:
+    except KeyError as error:
+        found = f"the first row's columns are {', '.join(map(repr, rows[0]))}"
+        raise DataError(
+            f"{metadata}: no column {error} in every row; {found}, and commas stand between them"
+        ) from error
+    except (TypeError, ValueError) as error:
         raise DataError(f"{metadata}: not rows of file_name and {column} ({error})") from error
     if len(captions) < len(named):
         seen = [name for name, _ in named]
         twice = next(name for name in seen if seen.count(name) > 1)
         raise DataError(f"{metadata}: {twice} has more than one row; leave one")
+    if blank := [name for name, caption in named if not caption]:
+        raise DataError(f"{metadata}: {column} is empty for {blank[0]}; give it a caption, or take image and row out")
     names = [file.relative_to(folder).as_posix() for file in files]
-    missing = [name for name in names if not captions.get(name)] or sorted(captions.keys() - set(names))
+    missing = [name for name in names if name not in captions] or sorted(captions.keys() - set(names))
     if missing:
         raise DataError(f"{metadata}: captions and images do not match; the other one is missing for {missing[0]}")
     return [captions[name] for name in names]

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import difflib
 import inspect
 import re
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vdu_peft.atomic_folder import check_output
+from vdu_peft.checkpoint import CHECKPOINT_NAME
 from vdu_peft.config import ConfigError, UnlearnConfig, VDUConfig
 from vdu_peft.data import ImageSource
 from vdu_peft.denoiser import best_device
@@ -56,7 +58,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--forget_data",
         required=True,
         help="folder of images (png, jpg, webp), .npz file (uint8, or floats in [-1, 1] or [0, 1]), or hub dataset id; "
-        "of an image of another shape than the model's the middle is used",
+        "of an image of another shape than the model's the middle is used, and what is transparent becomes white",
     )
     sub.add_argument("--output_dir", type=Path, required=True, help="gets adapter/, history.json and pictures")
     _source_arguments(sub, "default train")
@@ -222,6 +224,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     args = _with_config_file(parser, commands, argv)
     if hasattr(args, "overwrite") and not getattr(args, "resume_from_checkpoint", None):
+        if args.command == "unlearn" and (args.output_dir / CHECKPOINT_NAME).is_file() and not args.overwrite:
+            raise ConfigError(
+                f"{args.output_dir}: holds a run's checkpoint; go on from it with --resume_from_checkpoint latest, or "
+                "begin anew with --overwrite"
+            )
         check_output(args.output_dir, [], args.overwrite)
     return args
 
@@ -235,13 +242,25 @@ def _with_config_file(
     finder.add_argument("--config", type=Path)
     file = finder.parse_known_args(argv)[0].config
     if file is None:
-        return parser.parse_args(argv)
+        return _known_arguments(parser, commands, argv)
     if not argv or argv[0] not in commands.choices:
         raise ConfigError(f"config: the command comes first, as in vdu-peft unlearn --config {file}")
     options = commands.choices[argv[0]]._option_string_actions
     known = {option[2:]: action for option, action in options.items() if option.startswith("--")}
     flags = [name for name, action in known.items() if action.nargs == 0]
-    return parser.parse_args([argv[0], *file_arguments(file, argv[0], known, flags), *argv[1:]])
+    return _known_arguments(parser, commands, [argv[0], *file_arguments(file, argv[0], known, flags), *argv[1:]])
+
+
+def _known_arguments(
+    parser: argparse.ArgumentParser, commands: argparse._SubParsersAction, argv: list[str]
+) -> argparse.Namespace:
+    """As ``parse_args``; for an option that is not there it names the one that is most like it."""
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        command = commands.choices[args.command]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], command._option_string_actions, 1)
+        command.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; is it {near[0]}?" if near else ""))
+    return args
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):

@@ -30,7 +30,8 @@ def eight_bits(images: np.ndarray, name: str | Path) -> np.ndarray:
     low, high = images.min(), images.max()
     if low < -1 - 1e-4 or high > 1 + 1e-4:
         raise DataError(
-            f"{name}: floats must lie in [0, 1] or [-1, 1], found {low:.3g} to {high:.3g}; write 0 to 255 as uint8"
+            f"{name}: values that are not uint8 must lie in [0, 1] or [-1, 1], found {low:.3g} to {high:.3g}; write "
+            "0 to 255 as uint8"
         )
     scaled = images * 255 if low >= 0 else (images + 1) * 127.5
     return scaled.round().clip(0, 255).astype(np.uint8)

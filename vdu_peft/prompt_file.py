@@ -85,7 +85,10 @@ def read_prompt_file(file: str | Path, judge: AttributeJudge | None, target: Tar
         attributes = {name: (row.get(name) or "").strip() for name in known}
         for name, value in attributes.items():
             if value and value not in known[name]:
-                raise PromptFileError(f"{file}, line {line}: the judge knows no {name} {value!r}")
+                raise PromptFileError(
+                    f"{file}, line {line}: the judge knows no {name} {value!r}; it knows {', '.join(known[name])}, and "
+                    "an empty field asks nothing"
+                )
         try:
             seed, guidance = _number(row, SEED_COLUMNS, int), _number(row, GUIDANCE_COLUMNS, float)
             size = tuple(_number(row, (column,), float) for column in SIZE_COLUMNS)
@@ -99,8 +102,11 @@ def read_prompt_file(file: str | Path, judge: AttributeJudge | None, target: Tar
     if target is not None:
         unknown = {*target.values} - {*known.get(target.attribute, [])}
         if target.attribute not in known or unknown:
-            what = f"{target.attribute} {min(unknown)!r}" if target.attribute in known else target.attribute
-            raise PromptFileError(f"forget_attribute: the judge knows no {what}")
+            if target.attribute in known:
+                what, values = f"{target.attribute} {min(unknown)!r}", known[target.attribute]
+            else:
+                what, values = target.attribute, known
+            raise PromptFileError(f"forget_attribute: the judge knows no {what}; it knows {', '.join(values)}")
         if not any(map(target.is_asked_by, prompts)):
             raise PromptFileError(
                 f"{file}: no prompt asks for {target.attribute} {' or '.join(target.values)}; say in a column "

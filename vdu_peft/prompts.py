@@ -49,16 +49,30 @@ def anchor_prompts(prompts: Sequence[str], concepts: Sequence[str], anchors: Seq
     instead = list(anchors or [""])
     if len(instead) == 1:
         instead *= len(concepts)
-    results = []
+    patterns, results = [_whole_words(concept) for concept in concepts], []
     for prompt in prompts:
         result = prompt
         # Through marks: an anchor may hold the words of a concept that is yet to come.
-        for i, concept in enumerate(concepts):
-            start, end = (r"\b" if re.match(r"\w", letter) else "" for letter in (concept[0], concept[-1]))
-            result = re.sub(f"{start}{re.escape(concept)}{end}", f"\0{i}\0", result)
+        for i, pattern in enumerate(patterns):
+            result = re.sub(pattern, f"\0{i}\0", result)
         for i, anchor in enumerate(instead):
             result = result.replace(f"\0{i}\0", anchor)
         if result == prompt:
-            raise ModelError(f"forget_concept: none of it is in the caption {prompt!r}; take that image out")
+            raise ModelError(
+                f"forget_concept: none of it is in the caption {prompt!r} (in small or capital letters as there); take "
+                "that image out"
+            )
         results.append(" ".join(result.split()))
     return results
+
+
+def holding(prompts: Sequence[str], concepts: Sequence[str]) -> list[str]:
+    """Those of the prompts that hold words of a concept, in small or capital letters and whatever stands around."""
+    patterns = [_whole_words(words) for concept in concepts if (words := concept.strip(" ,.;:"))]
+    return [prompt for prompt in prompts if any(re.search(pattern, prompt, re.IGNORECASE) for pattern in patterns)]
+
+
+def _whole_words(text: str) -> str:
+    """A pattern for the text where no word goes on at its ends."""
+    start, end = (r"\b" if re.match(r"\w", letter) else "" for letter in (text[0], text[-1]))
+    return f"{start}{re.escape(text)}{end}"
