@@ -92,9 +92,10 @@ def columns_of(records: list[dict], retrained: dict[tuple[str, int], float]) -> 
 
 
 def cell(values: list[float], form: str, pick: Callable[[list[float]], float] = mean) -> str:
-    """One figure of several runs, of those that have it."""
+    """One figure of several runs, of those that have it; where not all have, it says of how many."""
     known = [value for value in values if not math.isnan(value)]
-    return form.format(pick(known)) if known else ""
+    of = f" (of {len(known)})" if len(known) < len(values) else ""
+    return form.format(pick(known)) + of if known else ""
 
 
 def pooled_interval(records: list[dict]) -> str:

@@ -52,8 +52,9 @@ def test_u_fid_is_compared_with_the_base_without_the_class_and_the_retrained_mod
     records = [record("mnist", 1, 10.0), record("mnist", 2, 10.0)]
     value, form = experiment_tables.columns_of(records, retrained)["over retrained"]
     assert value(records[0]) == 2.0 and math.isnan(value(records[1]))
-    assert experiment_tables.cell([value(r) for r in records], form) == "2.00"
+    assert experiment_tables.cell([value(r) for r in records], form) == "2.00 (of 1)"
     assert experiment_tables.cell([math.nan], form) == ""
+    assert experiment_tables.cell([1.0, math.nan, 3.0], form) == "2.00 (of 2)"
     assert "over retrained" not in experiment_tables.columns_of(records[1:], retrained)
     assert "over oracle" not in experiment_tables.columns_of(records, retrained)
     records[1]["report"]["u_fid_oracle"] = 8.0
