@@ -90,7 +90,7 @@ ALLOWED = {
         "text_evaluation",
         "text_judges",
     },
-    "run_folder": {"adapter", "card", "classes", "config", "denoiser", "history", "reached", "strength"},
+    "run_folder": {"adapter", "card", "classes", "config", "denoiser", "reached", "strength"},
     "trainer": {
         "acceleration",
         "adapter",

@@ -214,6 +214,14 @@ def test_a_run_s_folder_in_place_of_its_adapter_is_told(tmp_path, capsys):
     assert f"no adapter_config.json there; give {tmp_path / 'out' / 'adapter'}" in capsys.readouterr().err
 
 
+def test_a_run_that_is_not_finite_leaves_no_picture_of_an_earlier_one_s(unlearn_command, tmp_path, capsys):
+    main(unlearn_command)
+    assert (tmp_path / "out" / "samples.png").is_file()
+    assert main([*unlearn_command, "--overwrite", "--learning_rate=1e30"]) == 1
+    assert "not finite" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*.png")) and (tmp_path / "out" / "adapter").is_dir()
+
+
 def test_a_run_without_variations_leaves_no_picture_of_an_earlier_one_s(unlearn_command, tmp_path, capsys):
     for options, made in (([], True), (["--overwrite", "--min_forget_images=8"], False)):
         main([*unlearn_command, *options])

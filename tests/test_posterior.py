@@ -1,5 +1,7 @@
 """The closed forms of posterior.py against dense twins: torch.distributions, explicit deltas, weight draws."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -188,3 +190,11 @@ def test_sample_weight_follows_its_generator():
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, 1e30])
+def test_the_kl_of_a_diverged_factor_is_not_finite_rather_than_an_error(value):
+    lora_A = torch.full((2, 3), value)
+    gram = posterior.gram_matrix(lora_A, 1.0)
+    kl = posterior.delta_kl(torch.zeros(4, 2), torch.zeros(4, 2), gram, 0.1)
+    assert not kl.isfinite()

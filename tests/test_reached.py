@@ -42,6 +42,7 @@ def test_a_run_that_learns_nothing_is_where_it_began_whatever_its_batches(denois
     result = unlearn(denoiser, forget, config, VDUConfig.for_model(denoiser.model, init_scale=6.0), **REPLAY)
     assert result.reached.forget_ratio == pytest.approx(1, abs=1e-5)
     assert result.reached.redirect_left == pytest.approx(1, abs=1e-5)
+    assert result.reached.stability == pytest.approx(0, abs=1e-5)
     assert result.status == "nothing learned"
 
 
@@ -55,7 +56,7 @@ def test_it_is_what_many_draws_say(denoiser, forget):
 
     def predicted(label, scale):
         with torch.no_grad(), adapter_scale(denoiser.model, scale):
-            return denoiser.noise_pred(x_t, timesteps, torch.full((2000,), label))
+            return denoiser.noise_pred(x_t, timesteps, torch.as_tensor(label).expand(2000))
 
     def error(first, second):
         return (first - second).square().mean((1, 2, 3))
@@ -63,11 +64,16 @@ def test_it_is_what_many_draws_say(denoiser, forget):
     anchor, base = predicted(2, 0), error(predicted(1, 0), noise)
     left = (error(predicted(1, 1), anchor) / base).mean() / (error(predicted(1, 0), anchor) / base).mean()
     ratio = sum((error(predicted(c, 1), noise) / error(predicted(c, 0), noise)).mean() for c in (1, 3)) / 2
-    assert left < 0.8 and ratio > 1.005
+    images, labels = torch.zeros(2000, 1, 8, 8), torch.tensor([0, 3]).repeat_interleave(1000)
+    timesteps = torch.randint(1000, (2000,))
+    x_t = denoiser.add_noise(images, noise, timesteps)
+    moved = (error(predicted(labels, 1), predicted(labels, 0)) / error(predicted(labels, 0), noise)).mean()
+    assert left < 0.8 and ratio > 1.005 and moved > 0.01
     assert measured(denoiser, forget, config) == result.reached  # alike at each call
     # Of 64 images, half of them under the null class, which is not redirected.
     assert result.reached.redirect_left == pytest.approx(left.item(), rel=0.1)
     assert result.reached.forget_ratio == pytest.approx(ratio.item(), rel=0.1)
+    assert result.reached.stability == pytest.approx(moved.item(), rel=0.2)  # of few of which it is large
 
 
 def test_where_both_draw_the_same_there_is_no_way_to_go(denoiser, forget):
@@ -75,6 +81,14 @@ def test_where_both_draw_the_same_there_is_no_way_to_go(denoiser, forget):
     assert unlearn(denoiser, forget, replace(CONFIG, max_train_steps=1), **REPLAY).reached.redirect_left == 1
 
 
+@pytest.mark.parametrize("learning_rate", [10.0, 1e30])
+def test_what_the_last_step_destroys_is_found(denoiser, forget, learning_rate):
+    """A step's own terms are of before it."""
+    config = replace(CONFIG, max_train_steps=1, learning_rate=learning_rate)
+    result = unlearn(denoiser, forget, config, **REPLAY)
+    assert result.history[0]["stability"] < 0.1 and result.status == "collapsed"
+
+
 def test_it_reads_as_a_sentence():
-    assert str(Reached(1.234, None)) == "forget ratio 1.23"
-    assert str(Reached(1.0, 0.25)) == "forget ratio 1.00, 25% of the way to the anchor left"
+    assert str(Reached(1.234, 0.01, None)) == "forget ratio 1.23, stability 0.010"
+    assert str(Reached(1.0, 0.0, 0.25)) == "forget ratio 1.00, 25% of the way to the anchor left, stability 0.000"

@@ -363,7 +363,7 @@ def test_silent_failures_are_reported(pipeline_folder, forget):
     ],
 )
 def test_status(ratio, left, status):
-    history, at, config = [{"stability": 0.1}] * 30, Reached(ratio, left), UnlearnConfig()
+    history, at, config = [{"stability": 0.1}] * 30, Reached(ratio, 0.1, left), UnlearnConfig()
     assert run_status(history, at, config) == run_status(history, at, config, remaining_share=0.5) == status
     # Whatever the loss is, what the model still draws is not forgotten, and what it no longer draws is.
     learned = status != "nothing learned"
@@ -371,6 +371,8 @@ def test_status(ratio, left, status):
     assert run_status(history, at, config, remaining_share=0.05) == ("forgotten" if learned else status)
     assert run_status(history, at, UnlearnConfig(forget_tolerance=0.04), remaining_share=0.05) == status
     assert run_status([*history, *[{"stability": 2.0}] * 20], at, config) == "collapsed"
+    assert run_status(history, Reached(ratio, 2.0, left), config) == "collapsed"
+    assert run_status(history, Reached(math.nan, math.nan, left), config) == "collapsed"
 
 
 def test_a_run_settles_and_stops_once_its_target_holds(pipeline_folder, forget, tmp_path, monkeypatch):

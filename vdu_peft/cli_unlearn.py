@@ -19,14 +19,14 @@ from vdu_peft.demo import peak_memory_mib, run_demo
 from vdu_peft.denoiser import Denoiser, best_device, image_seeds, in_turn
 from vdu_peft.evaluation import check_evaluation
 from vdu_peft.first_line import first_line
-from vdu_peft.history import loss_plot, recent
+from vdu_peft.history import loss_plot
 from vdu_peft.options import ADAPTER_OPTIONS, forget_source
 from vdu_peft.pictures import labelled_grids
 from vdu_peft.precision import check_precision
 from vdu_peft.prompts import anchor_prompts, holding, neutral_prompts, read_prompts
 from vdu_peft.replay import draw_replay
 from vdu_peft.text_denoiser import TextDenoiser, open_denoiser
-from vdu_peft.trainer import UnlearnResult, check_run, unlearn
+from vdu_peft.trainer import UnlearnError, UnlearnResult, check_run, unlearn
 
 logger = logging.getLogger(__name__)
 # Samples of each kind, in the picture of what a run did.
@@ -74,16 +74,20 @@ def run_unlearn(args: argparse.Namespace) -> int:
         check_run(denoiser, config, adapter, args.output_dir, resume=bool(args.resume_from_checkpoint))
         print("dry run: model, images and options are fine")
         return 0
-    result = unlearn(
-        denoiser,
-        forget,
-        config,
-        adapter,
-        forget_labels=forget_labels,
-        anchor_labels=anchor_labels,
-        output_dir=args.output_dir,
-        resume=bool(args.resume_from_checkpoint),
-    )
+    try:
+        result = unlearn(
+            denoiser,
+            forget,
+            config,
+            adapter,
+            forget_labels=forget_labels,
+            anchor_labels=anchor_labels,
+            output_dir=args.output_dir,
+            resume=bool(args.resume_from_checkpoint),
+        )
+    except UnlearnError:  # which leaves an adapter
+        _remove_pictures(args.output_dir)
+        raise
     code = _outcome(result, args.output_dir)
     if PartialState().is_main_process:
         try:
@@ -100,9 +104,8 @@ def run_unlearn(args: argparse.Namespace) -> int:
 def _show(
     result: UnlearnResult, forget: torch.Tensor, classes: Classes | None, config: UnlearnConfig, output_dir: Path
 ) -> None:
-    """Pictures of what a run did; an earlier run's go."""
-    for name in ("variations.png", "loss.png", "samples.png"):
-        (output_dir / name).unlink(missing_ok=True)
+    """Pictures of what a run did."""
+    _remove_pictures(output_dir)
     if len(result.variations):
         file = output_dir / "variations.png"
         labelled_grids({"forget images": forget, "variations of them": result.variations}).save(file)
@@ -121,6 +124,12 @@ def _show(
             print(f"  {kind}{', in turn' if len(each) < SHOWN else ''}:")
             for number, label in enumerate(each, 1):
                 print(f"    {number} {prompts[label]!r}" if prompts else f"    {number} class {label}")
+
+
+def _remove_pictures(output_dir: Path) -> None:
+    """An earlier run's, whose adapter is no longer there."""
+    for name in ("variations.png", "loss.png", "samples.png"):
+        (output_dir / name).unlink(missing_ok=True)
 
 
 def _drawn(
@@ -246,7 +255,7 @@ def _outcome(result, output_dir: Path) -> int:
     _say(
         f"{result.status} after {len(result.history)} steps; {result.trained_parameters:,} parameters trained, "
         f"{result.num_replay} replay images; "
-        f"{result.reached}; stability {recent(result.history, 'stability'):.3f}; "
+        f"{result.reached}; "
         f"adapter in {output_dir / 'adapter'}"
     )
     if result.strength is not None:

@@ -1,5 +1,6 @@
 """What a run's history says: whether to go on, and how it ended; and its plot."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,8 @@ def run_status(
         remaining_share: of the model's own samples that looked like the forget images, those that still do; None where
             that is not known.
     """
-    if recent(history, "stability") > COLLAPSE:
+    moved = max(recent(history, "stability"), reached.stability)  # the last step has no part in the first
+    if moved > COLLAPSE or not math.isfinite(reached.forget_ratio + reached.stability):
         return "collapsed"
     # At the anchor the ratio may well be near 1.
     left = 1.0 if reached.redirect_left is None else reached.redirect_left

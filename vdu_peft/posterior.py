@@ -47,13 +47,17 @@ def delta_kl(mean: torch.Tensor, log_std: torch.Tensor, gram: torch.Tensor, prio
         log_std: ln S, (..., out, r).
         gram: G, (..., r, r).
         prior_std: σ, the prior standard deviation of one element of the delta.
+
+    Returns:
+        a scalar; NaN where G is not positive definite, as of an A that has run off to infinity.
     """
     # tr(G diag(S_i²)) + M_iᵀ G M_i, summed over the rows, is <E[BᵀB], G>. In few operations: every layer has its KL in
     # every step, and their number is what it costs.
     second_moment = mean.mT @ mean + torch.diag_embed((2 * log_std).exp().sum(-2))
     quadratic = (second_moment * gram).sum() / (2 * prior_std**2)
     # With A short of full row rank the prior on B is improper; the layers refuse a rank above A's columns.
-    half_log_det = torch.linalg.cholesky(gram).diagonal(dim1=-2, dim2=-1).log().sum()
+    factor, failed = torch.linalg.cholesky_ex(gram)  # without an error, and so without waiting for the device
+    half_log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1).masked_fill(failed > 0, math.nan).sum()
     constant = mean.numel() * (math.log(prior_std) - 0.5)
     return quadratic - mean.shape[-2] * half_log_det - log_std.sum() + constant
 

@@ -11,7 +11,6 @@ from vdu_peft.card import model_card
 from vdu_peft.classes import Classes
 from vdu_peft.config import UnlearnConfig
 from vdu_peft.denoiser import Denoiser
-from vdu_peft.history import WINDOW, recent
 from vdu_peft.reached import Reached
 from vdu_peft.strength import Strength
 
@@ -60,8 +59,6 @@ def save_run(
         if status is not None:
             facts["outcome"] = status
             facts["reached"] = reached
-            last = min(WINDOW, len(history))
-            facts[f"stability, mean of the last {last} steps"] = f"{recent(history, 'stability'):.3g}"
         if strength is not None:
             facts["strength"] = strength
         save_adapter(peft_model, output_dir / "adapter", model_card("adapter", base_name, facts))
