@@ -53,7 +53,7 @@ ALLOWED = {
     "export": {"adapter", "atomic_folder", "card", "config", "denoiser", "onnx_export", "text_denoiser"},
     "hotswap": {"adapter", "config", "contexts"},
     "terms": {"batch", "config", "contexts", "denoiser", "objective"},
-    "reached": {"batch", "config", "contexts", "denoiser", "terms"},
+    "reached": {"batch", "config", "contexts", "denoiser", "objective"},
     "history": {"config", "reached"},
     "variations": {"batch", "config", "denoiser"},
     "replay": {"config", "denoiser", "likeness", "precision"},

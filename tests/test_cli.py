@@ -28,6 +28,8 @@ from vdu_peft.denoiser import Denoiser
 from vdu_peft.evaluation import Report
 from vdu_peft.judge import AttributeJudge
 from vdu_peft.pictures import labelled_grids
+from vdu_peft.prompts import neutral_prompts
+from vdu_peft.reached import Reached
 from vdu_peft.strength import Strength
 from vdu_peft.text_denoiser import open_denoiser
 
@@ -79,7 +81,7 @@ def samples_panels(denoiser, adapter, labels):
 
 
 def test_from_a_folder_of_pictures_to_a_merged_pipeline(
-    pipeline_folder, unlearn_command, tmp_path, capsys, monkeypatch
+    pipeline_folder, pictures, unlearn_command, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(replay, "quick_precision", lambda _: "no")
     main(unlearn_command)
@@ -98,6 +100,11 @@ def test_from_a_folder_of_pictures_to_a_merged_pipeline(
     sample = ["sample", *model_and_adapter, "--num_images=4", "--num_inference_steps=2", f"--output_file={grid}"]
     assert main([*sample, "--scale", "0", "0.5", "1", "down_blocks=0.5,mid_block=0"]) == 0
     assert Image.open(grid).width > 3 * 8 * 8
+    assert main(["sample", f"--model={pipeline_folder}", f"--output_file={pictures}"]) == 2
+    assert "not an image file name" in capsys.readouterr().err
+    (tmp_path / "a.png").mkdir()
+    assert main(["sample", f"--model={pipeline_folder}", f"--output_file={tmp_path / 'a.png'}"]) == 2
+    assert "a.png is a folder; name a file" in capsys.readouterr().err
     assert main(["sample", f"--model={pipeline_folder}", "--scale=0.5"]) == 2
     assert "scale: is an adapter's" in capsys.readouterr().err
     assert main(["inspect", *model_and_adapter]) == 0
@@ -106,6 +113,7 @@ def test_from_a_folder_of_pictures_to_a_merged_pipeline(
 
     merged = tmp_path / "merged"
     assert main(["merge", *model_and_adapter, f"--output_dir={merged}"]) == 0
+    assert f"DiffusionPipeline.from_pretrained('{merged}', dtype=torch.float32)" in capsys.readouterr().out
     stock = DDPMPipeline.from_pretrained(merged)  # no layer of ours in it
     assert type(stock.unet.conv_in) is torch.nn.Conv2d
     denoiser = Denoiser.from_pretrained(pipeline_folder)
@@ -166,21 +174,49 @@ def test_a_picture_that_cannot_be_drawn_costs_the_picture_alone(unlearn_command,
     monkeypatch.setattr(cli_unlearn, "draw_replay", too_little_memory)
     assert main([*unlearn_command, "--max_train_steps=20"]) == 0
     shown = capsys.readouterr().err
-    assert "warning: no pictures (OutOfMemoryError: CUDA out of memory.); the adapter is whole" in shown
+    assert (
+        "warning: not all pictures could be drawn (OutOfMemoryError: CUDA out of memory.); the adapter is whole"
+        in shown
+    )
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("options", [[], ["--checkpointing_steps=1"]])
-def test_an_interrupt_is_one_line_that_says_how_to_go_on(unlearn_command, tmp_path, monkeypatch, capsys, options):
-    """And who begins again is told of the checkpoint, too."""
-    monkeypatch.setattr(trainer, "run_status", lambda *_: signal.raise_signal(signal.SIGINT))
-    assert main([*unlearn_command, *options]) == 130
+@pytest.mark.parametrize(
+    ("module", "name", "options", "mend"),
+    [
+        (trainer, "own_replay", [], "checkpointing_steps keeps what is learned"),
+        (trainer, "own_replay", ["--mixed_precision=bf16", "--dry_run"], None),
+        (trainer, "run_status", [], "checkpointing_steps keeps what is learned"),
+        (trainer, "run_status", ["--checkpointing_steps=1"], "--resume_from_checkpoint latest goes on from"),
+        (
+            trainer,
+            "calibrate",
+            ["--checkpointing_steps=1", "--max_train_steps=20"],
+            "all steps are done, and the adapter",
+        ),
+        (cli_unlearn, "draw_replay", ["--checkpointing_steps=1"], "all steps are done, and the adapter"),
+    ],
+)
+def test_an_interrupt_is_one_line_that_says_how_to_go_on(
+    unlearn_command, tmp_path, monkeypatch, capsys, module, name, options, mend
+):
+    """By what this run has written: an earlier one's checkpoint and adapter lie there."""
+    main([*unlearn_command, "--checkpointing_steps=1"])
+    for file in (tmp_path / "out").rglob("*.safetensors"):
+        os.utime(file, (0, 0))
+    monkeypatch.setattr(module, name, lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    code = main([*unlearn_command, "--overwrite", *options])
     shown = capsys.readouterr().err.splitlines()[-1]
-    mend = "--resume_from_checkpoint latest goes on from" if options else "checkpointing_steps keeps what is learned"
-    assert shown.startswith("vdu-peft: interrupted; ") and mend in shown
-    if options:
-        assert main(unlearn_command) == 2
-        assert "holds a run's checkpoint; go on from it with --resume_from_checkpoint" in capsys.readouterr().err
+    if mend is None:
+        assert code == 0
+    else:
+        assert code == 130 and shown.startswith("vdu-peft: interrupted; ") and mend in shown
+
+
+def test_who_begins_again_is_told_of_the_checkpoint(unlearn_command, capsys):
+    main([*unlearn_command, "--checkpointing_steps=1"])
+    assert main(unlearn_command) == 2
+    assert "holds a run's checkpoint; go on from it with --resume_from_checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["unlearn", "evaluate", "sample"])
@@ -212,6 +248,28 @@ def test_a_run_s_folder_in_place_of_its_adapter_is_told(tmp_path, capsys):
     saved_adapter(tmp_path / "out" / "adapter")
     assert main(["export", f"--adapter={tmp_path / 'out'}", f"--output_dir={tmp_path / 'lora'}"]) == 2
     assert f"no adapter_config.json there; give {tmp_path / 'out' / 'adapter'}" in capsys.readouterr().err
+
+
+def test_prompts_to_retain_that_hold_the_concept_are_warned_of(tmp_path, pictures, caplog):
+    tiny_text_pipeline(tmp_path / "tokens").save_pretrained(tmp_path / "sd")
+    (tmp_path / "retain.txt").write_text("a cat\nA Sword, a dog\na sword\n")
+    command = ["unlearn", f"--model={tmp_path / 'sd'}", f"--forget_data={pictures}", f"--output_dir={tmp_path / 'out'}"]
+    command += ["--forget_prompt=a sword", "--dry_run"]
+    assert main([*command, f"--retain_prompts={tmp_path / 'retain.txt'}"]) == 0
+    # The forgotten prompt itself is not retained, and so no matter.
+    assert "1 of 3 hold what is to be forgotten, such as 'A Sword, a dog', and would keep it; take" in caplog.text
+    caplog.clear()
+    assert main(command) == 0 and "hold what is" not in caplog.text
+    (own, *_), count = neutral_prompts(), len(neutral_prompts())
+    assert main([*command, f"--forget_prompt={own.split()[-1]}"]) == 0
+    assert f"of {count} of the package's own hold what" in caplog.text and "give others in a file" in caplog.text
+
+
+@pytest.mark.parametrize(("left", "told"), [(0.7, True), (0.3, False), (None, False)])
+def test_a_run_that_is_far_from_its_anchor_says_what_goes_further(unlearn_command, monkeypatch, capsys, left, told):
+    monkeypatch.setattr(trainer, "reached", lambda *_, **__: Reached(1.5, 0.0, left))
+    main([*unlearn_command, "--min_forget_images=0"])
+    assert ("more than half of the way to the anchor is left" in capsys.readouterr().out) == told
 
 
 def test_a_run_that_is_not_finite_leaves_no_picture_of_an_earlier_one_s(unlearn_command, tmp_path, capsys):
@@ -249,7 +307,9 @@ def test_forgetting_is_measured_by_the_forget_images_alone(
     assert main([*evaluate, f"--forget_data={tmp_path / 'one'}"]) == 2
     assert "forget_data: one image does not tell what is like it" in capsys.readouterr().err
     assert main([*evaluate, "--num_samples=100"]) == 0
-    assert "samples that look like the forget images: " in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "samples that look like the forget images: " in shown
+    assert f"look at {tmp_path / 'report' / 'grid.png'}; figures are in {tmp_path / 'report' / 'report.json'}" in shown
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["num_forget_images"] == 8 and report["forget_data"] == str(pictures)
     assert (tmp_path / "report" / "grid.png").is_file()

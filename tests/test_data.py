@@ -129,11 +129,11 @@ def test_captions_come_in_the_order_of_their_images(tmp_path, kind):
     [
         (None, "no metadata.csv or metadata.jsonl there"),
         ("file_name,text\na.png,a dog\n", "do not match; the other one is missing for b.png"),
-        ("file_name,text\na.png,a dog\nb.png,\n", "text is empty for b.png; give it a caption"),
-        ("file_name,text\na.png,a dog\nb.png\n", "text is empty for b.png; give it a caption"),
+        ("file_name,text\na.png,a dog\nb.png,\n", "text is empty for 'b.png'; give it a caption"),
+        ("file_name,text\na.png,a dog\nb.png\n", "text is empty for 'b.png'; give it a caption"),
         ("file_name,text\na.png,x\nb.png,x\nc.png,x\n", "do not match; the other one is missing for c.png"),
-        ("file_name,caption\na.png,x\nb.png,x\n", "no column 'text' .* columns are 'file_name', 'caption'"),
-        ("file_name;text\na.png;x\nb.png;x\n", "columns are 'file_name;text', and commas stand between them"),
+        ("file_name,caption\na.png,x\nb.png,x\n", "no 'text' in every row; the first row's are 'file_name', 'caption'"),
+        ("file_name;text\na.png;x\nb.png;x\n", "are 'file_name;text' .commas stand between columns"),
         ("file_name,text\na.png,x\nb.png,x\nb.png,y\n", "metadata.csv: b.png has more than one row"),
     ],
 )

@@ -9,6 +9,8 @@ from conftest import tiny_unet
 from diffusers import DDPMScheduler
 
 from vdu_peft import UnlearnConfig, VDUConfig, unlearn
+from vdu_peft import reached as reached_module
+from vdu_peft.adapter import attach, variational_layers
 from vdu_peft.batch import BatchSource
 from vdu_peft.classes import run_classes
 from vdu_peft.contexts import adapter_scale
@@ -19,7 +21,7 @@ from vdu_peft.reached import Reached, reached
 CONFIG = UnlearnConfig(
     max_train_steps=40, train_batch_size=4, learning_rate=2e-2, forget_class=1, anchor_class=2, null_class=3
 )
-REPLAY = {"replay": torch.zeros(4, 1, 8, 8), "replay_labels": torch.tensor([0, 0, 3, 3])}  # none of the anchor
+REPLAY = {"replay": torch.zeros(4, 1, 8, 8), "replay_labels": torch.tensor([3, 3, 3, 3])}  # none of an anchor
 
 
 @pytest.fixture
@@ -27,6 +29,12 @@ def denoiser():
     made = Denoiser(tiny_unet(num_class_embeds=4), DDPMScheduler())
     made.model.class_embedding.weight.data.mul_(5)  # a trained model's classes are further apart than random ones
     return made
+
+
+def attached(denoiser):
+    """Its network with a fresh adapter, which changes nothing."""
+    attach(denoiser.model, VDUConfig.for_model(denoiser.model))
+    return denoiser.model
 
 
 def measured(denoiser, forget, config):
@@ -64,7 +72,7 @@ def test_it_is_what_many_draws_say(denoiser, forget):
     anchor, base = predicted(2, 0), error(predicted(1, 0), noise)
     left = (error(predicted(1, 1), anchor) / base).mean() / (error(predicted(1, 0), anchor) / base).mean()
     ratio = sum((error(predicted(c, 1), noise) / error(predicted(c, 0), noise)).mean() for c in (1, 3)) / 2
-    images, labels = torch.zeros(2000, 1, 8, 8), torch.tensor([0, 3]).repeat_interleave(1000)
+    images, labels = torch.zeros(2000, 1, 8, 8), 3
     timesteps = torch.randint(1000, (2000,))
     x_t = denoiser.add_noise(images, noise, timesteps)
     moved = (error(predicted(labels, 1), predicted(labels, 0)) / error(predicted(labels, 0), noise)).mean()
@@ -76,9 +84,33 @@ def test_it_is_what_many_draws_say(denoiser, forget):
     assert result.reached.stability == pytest.approx(moved.item(), rel=0.2)  # of few of which it is large
 
 
-def test_where_both_draw_the_same_there_is_no_way_to_go(denoiser, forget):
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 16])
+def test_where_both_draw_the_same_there_is_no_way_to_go(denoiser, forget, batch_size):
+    """Whatever the kernels' rounding, which goes by how many are in a batch."""
     denoiser.model.class_embedding.weight.data.zero_()
-    assert unlearn(denoiser, forget, replace(CONFIG, max_train_steps=1), **REPLAY).reached.redirect_left == 1
+    config = replace(CONFIG, max_train_steps=1, train_batch_size=batch_size)
+    assert unlearn(denoiser, forget, config, **REPLAY).reached.redirect_left == 1
+
+
+@pytest.mark.parametrize("share, left", [(0.0, 1.0), (0.5, 0.25), (1.0, 0.0)])
+@pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, anchor_class=None)])
+def test_of_several_anchors_the_way_ends_at_their_mean(denoiser, forget, monkeypatch, config, share, left):
+    """A model that predicts, under the forgotten class, so much of the way to what it best can."""
+    predict, layer = denoiser.noise_pred, next(layer for _, layer in variational_layers(attached(denoiser)))
+    anchors = [0, 2] if config.anchor_class is None else [2]
+
+    def noise_pred(x_t, timesteps, labels):
+        base = predict(x_t, timesteps, labels)
+        if layer.disable_adapters:
+            return base
+        mean = sum(predict(x_t, timesteps, torch.full_like(labels, label)) for label in anchors) / len(anchors)
+        return torch.where((labels == 1).view(-1, 1, 1, 1), base + share * (mean - base), base)
+
+    monkeypatch.setattr(denoiser, "noise_pred", noise_pred)
+    # Exact of one anchor; of several in the mean, over four hundred images here.
+    monkeypatch.setattr(reached_module, "NUM_IMAGES", 400)
+    tolerance = 1e-5 if len(anchors) == 1 else 0.1
+    assert measured(denoiser, forget, config).redirect_left == pytest.approx(left, abs=tolerance)
 
 
 @pytest.mark.parametrize("learning_rate", [10.0, 1e30])

@@ -3,6 +3,7 @@ import functools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -96,7 +97,7 @@ def test_the_forget_loss_rises(pipeline_folder, forget, plasticity):
 
 def test_resume_gives_the_same_result(pipeline_folder, forget, tmp_path):
     config = replace(FAST, checkpointing_steps=3, random_flip=True)
-    unlearn(pipeline_folder, forget, config, output_dir=tmp_path / "whole")
+    whole = unlearn(pipeline_folder, forget, config, output_dir=tmp_path / "whole")
 
     def interrupt(step, terms):
         if step == 4:
@@ -104,8 +105,9 @@ def test_resume_gives_the_same_result(pipeline_folder, forget, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         unlearn(pipeline_folder, forget, config, output_dir=tmp_path / "cut", callback=interrupt)
-    unlearn(pipeline_folder, forget, config, output_dir=tmp_path / "cut", resume=True)
+    resumed = unlearn(pipeline_folder, forget, config, output_dir=tmp_path / "cut", resume=True)
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert (resumed.status, resumed.reached) == (whole.status, whole.reached)
     assert (tmp_path / "whole" / "history.json").read_text() == (tmp_path / "cut" / "history.json").read_text()
 
 
@@ -530,11 +532,15 @@ def test_each_forget_image_is_redirected_to_its_own_anchor(forget):
     denoiser, seen = conditional_denoiser(5), set()
     levels = torch.linspace(-0.9, 0.9, 8)
     forget, anchors = levels.view(8, 1, 1, 1).expand(8, 1, 8, 8), torch.tensor([0, 2, 3, 0, 2, 3, 0, 2])
-    images, add_noise, predict = [], denoiser.add_noise, denoiser.noise_pred
+    images, add_noise, predict, steps = [], denoiser.add_noise, denoiser.noise_pred, 0
     denoiser.add_noise = lambda x, noise, t: (images.append(x), add_noise(x, noise, t))[1]
 
+    def count(step, terms):
+        nonlocal steps
+        steps = step
+
     def noise_pred(x_t, timesteps, labels=None, **options):
-        if len(x_t) == 4:  # the anchor's
+        if len(x_t) == 4 and steps < 20:  # the anchor's; afterwards it is looked how far the run came
             which = [levels.sub(x).abs().argmin().item() for x in images[-1][:4, 0, 0, 0]]
             seen.update(zip(which, labels.tolist(), strict=True))
         return predict(x_t, timesteps, labels, **options)
@@ -542,7 +548,7 @@ def test_each_forget_image_is_redirected_to_its_own_anchor(forget):
     denoiser.noise_pred = noise_pred
     replay = {"replay": torch.zeros(4, 1, 8, 8), "replay_labels": torch.tensor([4, 4, 4, 4])}
     config = replace(CONDITIONAL, null_class=4, max_train_steps=20)
-    unlearn(denoiser, forget, config, anchor_labels=anchors, **replay)
+    unlearn(denoiser, forget, config, anchor_labels=anchors, callback=count, **replay)
     assert seen == {(i, int(label)) for i, label in enumerate(anchors)}
 
 
@@ -871,6 +877,7 @@ def test_two_processes_equal_one(pipeline_folder, forget, tmp_path):
     one += ["--dynamo_backend=no", *common, "--train_batch_size=4", f"--output_dir={tmp_path / '1'}"]
     two = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     two += [*common, "--train_batch_size=2", f"--output_dir={tmp_path / '2'}"]
+    came = []
     for command in (one, two):
         run = subprocess.run(
             [sys.executable, "-m", *command],
@@ -879,6 +886,8 @@ def test_two_processes_equal_one(pipeline_folder, forget, tmp_path):
             env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         )
         assert run.stdout.count("after 5 steps") == run.stdout.count("own samples") == 1, run.stderr
+        came.append(re.search("forget ratio .*, stability [0-9.]+", run.stdout)[0])
+    assert came[0] == came[1]  # as told, to the second and third digit
     # The halves of a batch are added in another order, and Adam divides what is near 0 by itself.
     first, second = (json.loads((tmp_path / name / "history.json").read_text()) for name in "12")
     for one_process, two_processes in zip(first, second, strict=True):

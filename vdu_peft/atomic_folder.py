@@ -18,13 +18,13 @@ def check_output(folder: str | Path, inputs: Iterable[str | Path], overwrite: bo
     """Before any work whose result goes into the folder or takes its place.
 
     Args:
-        inputs: what is read for it.
+        inputs: what is read for it; of what is made from inputs the folder is replaced, by a rename in its parent.
         overwrite: whether the folder may be replaced with all that it holds.
 
     Raises:
         FolderError: it is not empty or cannot be written, or one of the inputs would be deleted.
     """
-    folder = Path(folder)
+    folder, inputs = Path(folder), list(inputs)
     for read in inputs:
         if Path(read).exists() and Path(read).resolve().is_relative_to(folder.resolve()):
             raise FolderError(f"{folder}: would be replaced, and {read} is in it; choose another output_dir")
@@ -34,7 +34,7 @@ def check_output(folder: str | Path, inputs: Iterable[str | Path], overwrite: bo
         raise FolderError(
             f"{folder}: exists and is not empty; choose another output_dir or pass --overwrite (overwrite=True)"
         )
-    check_writable(folder, "output_dir")
+    check_writable(folder.absolute().parent if inputs else folder, "output_dir")
 
 
 def check_writable(folder: str | Path, option: str) -> None:
@@ -44,7 +44,10 @@ def check_writable(folder: str | Path, option: str) -> None:
         FolderError: it cannot; ``option`` named it.
     """
     folder = Path(folder).absolute()
-    there = next(place for place in (folder, *folder.parents) if place.exists())
+    try:
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+    except OSError as error:
+        raise FolderError(f"{folder}: cannot be reached ({error}); choose another {option}") from error
     if not there.is_dir():
         raise FolderError(f"{folder}: {there} is a file, not a folder; choose another {option}")
     if not os.access(there, os.W_OK | os.X_OK):

@@ -4,10 +4,12 @@ import argparse
 import json
 import logging
 import sys
+import time
 
 import torch
 from accelerate import PartialState
 from datasets.exceptions import DatasetsError
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from vdu_peft.adapter import AdapterError, check_replaceable, describe, load_adapter
 from vdu_peft.atomic_folder import FolderError, check_output
@@ -45,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; returns 0, 1 for a run that failed (nothing learned, collapsed), 2 for bad input, 130 for an
     interrupt."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    args = None
+    args, started = None, time.time()
     try:
         args = parse(argv)
         repository = _hub_repository(args)
@@ -68,13 +70,22 @@ def main(argv: list[str] | None = None) -> int:
         print(f"vdu-peft: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        mend = ""
-        if args is not None and args.command == "unlearn":
-            mend = "; checkpointing_steps keeps what is learned on the way"
-            if (args.output_dir / CHECKPOINT_NAME).is_file():
-                mend = f"; --resume_from_checkpoint latest goes on from the last checkpoint in {args.output_dir}"
-        print(f"\nvdu-peft: interrupted{mend}", file=sys.stderr)
+        print(f"\nvdu-peft: interrupted{_left(args, started)}", file=sys.stderr)
         return 130
+
+
+def _left(args: argparse.Namespace | None, started: float) -> str:
+    """What a run that is interrupted leaves, and how to go on from it, as a part of a sentence."""
+    if args is None or args.command != "unlearn" or args.dry_run:
+        return ""
+    adapter, checkpoint = args.output_dir / "adapter" / SAFETENSORS_WEIGHTS_NAME, args.output_dir / CHECKPOINT_NAME
+    # By their times: earlier runs' may lie there, too.
+    written = [file.is_file() and file.stat().st_mtime >= started for file in (adapter, checkpoint)]
+    if written[0]:
+        return f"; all steps are done, and the adapter is in {adapter.parent}"
+    if written[1] or args.resume_from_checkpoint:
+        return f"; --resume_from_checkpoint latest goes on from the last checkpoint in {args.output_dir}"
+    return "; checkpointing_steps keeps what is learned on the way" if args.mixed_precision != "fp16" else ""
 
 
 def _hub_repository(args: argparse.Namespace) -> str | None:
@@ -110,7 +121,7 @@ def _compose(args: argparse.Namespace) -> int:
 def _merge(args: argparse.Namespace) -> int:
     dtype = merge(args.model, args.adapter, args.output_dir, args.dtype, args.onnx, args.overwrite).dtype
     # Named: of a pipeline whose parts are kept in several dtypes each would else be loaded in its own.
-    how = f'diffusers.DiffusionPipeline.from_pretrained("{args.output_dir}", dtype={dtype})'
+    how = f"diffusers.DiffusionPipeline.from_pretrained({str(args.output_dir)!r}, dtype={dtype})"
     print(f"wrote {args.output_dir}: load it with {how}")
     return 0
 

@@ -37,6 +37,8 @@ def run_sample(args: argparse.Namespace) -> int:
         raise ConfigError("scale: is an adapter's; name it with adapter")
     if Image.registered_extensions().get(args.output_file.suffix.lower()) not in Image.SAVE:
         raise ConfigError(f"{args.output_file}: not an image file name; end it in .png")
+    if args.output_file.is_dir():
+        raise ConfigError(f"output_file: {args.output_file} is a folder; name a file")
     check_writable(args.output_file.parent, "output_file")
     denoiser = _drawing_denoiser(args, args.prompt).to_best_device()
     options = {"seed": args.seed, "num_inference_steps": args.num_inference_steps}

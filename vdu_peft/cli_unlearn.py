@@ -26,7 +26,7 @@ from vdu_peft.precision import check_precision
 from vdu_peft.prompts import anchor_prompts, holding, neutral_prompts, read_prompts
 from vdu_peft.replay import draw_replay
 from vdu_peft.text_denoiser import TextDenoiser, open_denoiser
-from vdu_peft.trainer import UnlearnError, UnlearnResult, check_run, unlearn
+from vdu_peft.trainer import UnlearnResult, check_run, unlearn
 
 logger = logging.getLogger(__name__)
 # Samples of each kind, in the picture of what a run did.
@@ -51,7 +51,7 @@ def run_unlearn(args: argparse.Namespace) -> int:
     prompts = [*captions, *anchors] if args.forget_prompt is None else [args.forget_prompt]
     if prompts:
         retained = read_prompts(args.retain_prompts) if args.retain_prompts else neutral_prompts()
-        _tell_held(retained, args)
+        _tell_held(retained, captions, args)
         prompts = list(dict.fromkeys([*prompts, args.anchor_prompt, *retained]))
     # Frozen weights in what the forward computes in; the adapter stays in float32.
     dtypes = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -74,28 +74,25 @@ def run_unlearn(args: argparse.Namespace) -> int:
         check_run(denoiser, config, adapter, args.output_dir, resume=bool(args.resume_from_checkpoint))
         print("dry run: model, images and options are fine")
         return 0
-    try:
-        result = unlearn(
-            denoiser,
-            forget,
-            config,
-            adapter,
-            forget_labels=forget_labels,
-            anchor_labels=anchor_labels,
-            output_dir=args.output_dir,
-            resume=bool(args.resume_from_checkpoint),
-        )
-    except UnlearnError:  # which leaves an adapter
-        _remove_pictures(args.output_dir)
-        raise
+    result = unlearn(
+        denoiser,
+        forget,
+        config,
+        adapter,
+        forget_labels=forget_labels,
+        anchor_labels=anchor_labels,
+        output_dir=args.output_dir,
+        resume=bool(args.resume_from_checkpoint),
+    )
     code = _outcome(result, args.output_dir)
     if PartialState().is_main_process:
         try:
             _show(result, forget, classes, config, args.output_dir)
         except Exception as error:  # of whatever kind: the adapter is not lost for a picture of it
+            what = f"{type(error).__name__}: {first_line(error)}"
             print(
-                f"vdu-peft: warning: no pictures ({type(error).__name__}: {first_line(error)}); the adapter is whole, "
-                "and vdu-peft sample draws with it",
+                f"vdu-peft: warning: not all pictures could be drawn ({what}); the adapter is whole, and vdu-peft "
+                "sample draws with it",
                 file=sys.stderr,
             )
     return code
@@ -105,7 +102,6 @@ def _show(
     result: UnlearnResult, forget: torch.Tensor, classes: Classes | None, config: UnlearnConfig, output_dir: Path
 ) -> None:
     """Pictures of what a run did."""
-    _remove_pictures(output_dir)
     if len(result.variations):
         file = output_dir / "variations.png"
         labelled_grids({"forget images": forget, "variations of them": result.variations}).save(file)
@@ -124,12 +120,6 @@ def _show(
             print(f"  {kind}{', in turn' if len(each) < SHOWN else ''}:")
             for number, label in enumerate(each, 1):
                 print(f"    {number} {prompts[label]!r}" if prompts else f"    {number} class {label}")
-
-
-def _remove_pictures(output_dir: Path) -> None:
-    """An earlier run's, whose adapter is no longer there."""
-    for name in ("variations.png", "loss.png", "samples.png"):
-        (output_dir / name).unlink(missing_ok=True)
 
 
 def _drawn(
@@ -187,15 +177,18 @@ def _anchor_captions(captions: list[str], args: argparse.Namespace) -> list[str]
     return anchors
 
 
-def _tell_held(retained: list[str], args: argparse.Namespace) -> None:
-    """Warn of prompts to retain that ask for what is to be forgotten."""
-    concepts = args.forget_concept or ([args.forget_prompt] if args.forget_prompt else [])
-    if held := holding(retained, concepts):
+def _tell_held(retained: list[str], captions: list[str], args: argparse.Namespace) -> None:
+    """Warn of prompts to retain that ask for what is to be forgotten; those that are it are not retained."""
+    forgotten = captions or [args.forget_prompt or ""]
+    held = [prompt for prompt in holding(retained, args.forget_concept or forgotten) if prompt not in forgotten]
+    if held:
         logger.warning(
-            "retain_prompts: %d of %d hold what is to be forgotten, such as %r, and would keep it; take them out",
+            "retain_prompts: %d of %d%s hold what is to be forgotten, such as %r, and would keep it; %s",
             len(held),
             len(retained),
+            "" if args.retain_prompts else " of the package's own",
             held[0],
+            "take them out" if args.retain_prompts else "give others in a file",
         )
 
 
@@ -262,9 +255,11 @@ def _outcome(result, output_dir: Path) -> int:
         _say(str(result.strength))
         if not result.strength.enough:
             _say("look at them by evaluate --forget_data; a smaller stability_weight or more images forget more")
-    left = result.reached.redirect_left
-    if result.status == "partly forgotten" and left is not None and left > 0.5:
-        _say("what is drawn has hardly changed; a larger max_train_steps or learning_rate goes further")
+    if result.status == "partly forgotten" and result.reached.redirect_left is not None:
+        _say(
+            "more than half of the way to the anchor is left: look at samples.png whether that is enough; a larger "
+            "max_train_steps or learning_rate goes further"
+        )
     if result.failed:
         mend = {
             "nothing learned": "raise max_train_steps or learning_rate, or lower kl_weight, and check that "

@@ -262,10 +262,9 @@ def _read_captions(folder: Path, files: Sequence[Path], column: str) -> list[str
         named = [(row["file_name"], _one_line(row[column])) for row in rows]
         captions = dict(named)
     except KeyError as error:
-        found = f"the first row's columns are {', '.join(map(repr, rows[0]))}"
-        raise DataError(
-            f"{metadata}: no column {error} in every row; {found}, and commas stand between them"
-        ) from error
+        found = f"the first row's are {', '.join(map(repr, rows[0]))}"
+        found += " (commas stand between columns)" if metadata.suffix == ".csv" else ""
+        raise DataError(f"{metadata}: no {error} in every row; {found}") from error
     except (TypeError, ValueError) as error:
         raise DataError(f"{metadata}: not rows of file_name and {column} ({error})") from error
     if len(captions) < len(named):
@@ -273,7 +272,7 @@ def _read_captions(folder: Path, files: Sequence[Path], column: str) -> list[str
         twice = next(name for name in seen if seen.count(name) > 1)
         raise DataError(f"{metadata}: {twice} has more than one row; leave one")
     if blank := [name for name, caption in named if not caption]:
-        raise DataError(f"{metadata}: {column} is empty for {blank[0]}; give it a caption, or take image and row out")
+        raise DataError(f"{metadata}: {column} is empty for {blank[0]!r}; give it a caption, or take image and row out")
     names = [file.relative_to(folder).as_posix() for file in files]
     missing = [name for name in names if name not in captions] or sorted(captions.keys() - set(names))
     if missing:

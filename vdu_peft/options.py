@@ -10,7 +10,7 @@ import typing
 from collections.abc import Sequence
 from pathlib import Path
 
-from vdu_peft.atomic_folder import check_output
+from vdu_peft.atomic_folder import check_output, check_writable
 from vdu_peft.checkpoint import CHECKPOINT_NAME
 from vdu_peft.config import ConfigError, UnlearnConfig, VDUConfig
 from vdu_peft.data import ImageSource
@@ -223,7 +223,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     _run_arguments(sub, left_out, mixed_precision=quick_precision(best_device()))
 
     args = _with_config_file(parser, commands, argv)
-    if hasattr(args, "overwrite") and not getattr(args, "resume_from_checkpoint", None):
+    if getattr(args, "resume_from_checkpoint", None):
+        check_writable(args.output_dir, "output_dir")
+    elif hasattr(args, "overwrite"):
         if args.command == "unlearn" and (args.output_dir / CHECKPOINT_NAME).is_file() and not args.overwrite:
             raise ConfigError(
                 f"{args.output_dir}: holds a run's checkpoint; go on from it with --resume_from_checkpoint latest, or "

@@ -1,6 +1,7 @@
 """What a run leaves in its folder: the adapter with its card, and the history."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -13,6 +14,9 @@ from vdu_peft.config import UnlearnConfig
 from vdu_peft.denoiser import Denoiser
 from vdu_peft.reached import Reached
 from vdu_peft.strength import Strength
+
+# What `vdu-peft unlearn` and `demo` draw of a run, beside its adapter.
+PICTURES = ("variations.png", "loss.png", "samples.png", "grid.png", "histogram.png")
 
 
 def run_facts(
@@ -62,6 +66,9 @@ def save_run(
         if strength is not None:
             facts["strength"] = strength
         save_adapter(peft_model, output_dir / "adapter", model_card("adapter", base_name, facts))
+        with suppress(OSError):  # an earlier run's are not of this adapter
+            for name in PICTURES:
+                (output_dir / name).unlink(missing_ok=True)
         (output_dir / "history.json").write_text(json.dumps(history) + "\n", encoding="utf-8")
     accelerator.wait_for_everyone()
     return f"the adapter of the last good step is in {output_dir / 'adapter'}"

@@ -196,7 +196,7 @@ def unlearn(
             save = partial(save_run, peft_model, denoiser.name, output_dir, facts, history, accelerator)
 
             def ended() -> tuple[str, Reached]:
-                at = reached(denoiser, source, config, accelerator)
+                at = reached(denoiser, source, config, accelerator, progress=not bar_off)
                 return run_status(history, at, config), at
 
             if config.report_to and accelerator.is_main_process:
