@@ -95,12 +95,12 @@ def test_delta_kl_gradients(leading):
     assert torch.autograd.gradcheck(kl, (mean, log_std, lora_A))
 
 
-def test_a_singular_gram_is_refused():
-    """A row of zeros in A: the prior on B is improper."""
+@pytest.mark.parametrize("row", [0.0, math.inf, math.nan])
+def test_of_a_gram_that_is_not_positive_definite_there_is_no_finite_kl(row):
+    """A row of zeros in A, where the prior on B is improper, or an A that has run off."""
     mean, log_std, lora_A, _ = factors()
-    lora_A[1] = 0
-    with pytest.raises(torch.linalg.LinAlgError):
-        posterior.delta_kl(mean, log_std, posterior.gram_matrix(lora_A, 1.0), PRIOR_STD)
+    lora_A[1] = row
+    assert not posterior.delta_kl(mean, log_std, posterior.gram_matrix(lora_A, 1.0), PRIOR_STD).isfinite()
 
 
 def test_delta_quadratic_is_the_squared_norm_of_the_dense_delta():
@@ -190,11 +190,3 @@ def test_sample_weight_follows_its_generator():
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-
-
-@pytest.mark.parametrize("value", [math.inf, math.nan, 1e30])
-def test_the_kl_of_a_diverged_factor_is_not_finite_rather_than_an_error(value):
-    lora_A = torch.full((2, 3), value)
-    gram = posterior.gram_matrix(lora_A, 1.0)
-    kl = posterior.delta_kl(torch.zeros(4, 2), torch.zeros(4, 2), gram, 0.1)
-    assert not kl.isfinite()

@@ -49,7 +49,7 @@ def delta_kl(mean: torch.Tensor, log_std: torch.Tensor, gram: torch.Tensor, prio
         prior_std: σ, the prior standard deviation of one element of the delta.
 
     Returns:
-        a scalar; NaN where G is not positive definite, as of an A that has run off to infinity.
+        a scalar; NaN where G is not positive definite: of an A with a row too many, or one that has run off.
     """
     # tr(G diag(S_i²)) + M_iᵀ G M_i, summed over the rows, is <E[BᵀB], G>. In few operations: every layer has its KL in
     # every step, and their number is what it costs.
