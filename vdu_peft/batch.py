@@ -70,6 +70,11 @@ class BatchSource:
     shown_at: tuple[int, int]
     num_train_timesteps: int
 
+    @property
+    def redirects(self) -> bool:
+        """Whether forget images are redirected to an anchor."""
+        return self.classes is not None and self.config.plasticity != "elbo" and bool(self.classes.anchors.numel())
+
     def draw(self, accelerator: Accelerator) -> Batch:
         """This process's share of a step.
 
@@ -96,8 +101,8 @@ class BatchSource:
             if classes.null is not None:
                 labels = torch.where(torch.rand(2, total) < NULL_SHARE, classes.null, labels)
             drawn.append(labels)
-            if self.config.plasticity != "elbo" and (choices := classes.anchors.shape[1]):
-                anchors = classes.anchors[forget_indices, torch.randint(choices, (total,))]
+            if self.redirects:
+                anchors = classes.anchors[forget_indices, torch.randint(classes.anchors.shape[1], (total,))]
                 of_anchor = self.replay_labels == anchors[:, None]  # (total, M)
                 replaced = of_anchor.any(1) & (torch.rand(total) < ANCHOR_SHARE)
                 if classes.null is not None:

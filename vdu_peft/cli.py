@@ -80,10 +80,10 @@ def _left(args: argparse.Namespace | None, started: float) -> str:
         return ""
     adapter, checkpoint = args.output_dir / "adapter" / SAFETENSORS_WEIGHTS_NAME, args.output_dir / CHECKPOINT_NAME
     # By their times: earlier runs' may lie there, too.
-    written = [file.is_file() and file.stat().st_mtime >= started for file in (adapter, checkpoint)]
-    if written[0]:
+    learned, kept = (file.is_file() and file.stat().st_mtime >= started for file in (adapter, checkpoint))
+    if learned:
         return f"; all steps are done, and the adapter is in {adapter.parent}"
-    if written[1] or args.resume_from_checkpoint:
+    if kept or args.resume_from_checkpoint:
         return f"; --resume_from_checkpoint latest goes on from the last checkpoint in {args.output_dir}"
     return "; checkpointing_steps keeps what is learned on the way" if args.mixed_precision != "fp16" else ""
 

@@ -50,7 +50,7 @@ def reached(
         sums += torch.stack(_of_batch(denoiser, source, config, accelerator))
     ratio, stability, way, whole_way = accelerator.reduce(sums, "mean").tolist()
     left = None
-    if config.plasticity != "elbo" and source.classes is not None and source.classes.anchors.numel():
+    if source.redirects:
         # Where the model draws the same under both there is no way to go.
         left = max(way, 0.0) / whole_way if whole_way > 0 else 1.0
     return Reached(ratio / batches, stability / batches, left)

@@ -66,7 +66,7 @@ def save_run(
         if strength is not None:
             facts["strength"] = strength
         save_adapter(peft_model, output_dir / "adapter", model_card("adapter", base_name, facts))
-        with suppress(OSError):  # an earlier run's are not of this adapter
+        with suppress(OSError):  # an earlier run's are not of this adapter; one that stays is no reason to fail
             for name in PICTURES:
                 (output_dir / name).unlink(missing_ok=True)
         (output_dir / "history.json").write_text(json.dumps(history) + "\n", encoding="utf-8")
